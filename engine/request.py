@@ -1,0 +1,62 @@
+"""What a user asked, and the only thing that flows back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to choose the next token; a pure function of (logits, seed, position) with these settings.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1.0 are off.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to make: already validated and tokenised, immutable.
+
+    Args:
+        id: unique among the live requests.
+        prompt_ids: token ids of the prompt, at least one.
+        max_tokens: at most this many new tokens, at least one.
+        sampling: how to choose tokens.
+        stop_ids: token ids that end the text; they are emitted with finish `stop`.
+        ignore_eos: go on after a stop id (benchmarks).
+        emitted: tokens a former member has already emitted for this request. They are
+            prefilled with the prompt and not emitted again; `max_tokens` counts them.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    emitted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One new token of one request, or its end.
+
+    `index` counts generated tokens from 0 (replayed ones included), so a consumer can
+    drop what it has already seen. `finish` is set on the last event of a request.
+    `token` is -1 on an event that only ends the request (`abort`, `error`).
+    """
+
+    request_id: str
+    index: int
+    token: int
+    logprob: float = 0.0
+    finish: FinishReason | None = None
+    error: str | None = None
