@@ -1,4 +1,4 @@
-"""Choose which implementation of a kernel runs, once, by device and by request."""
+"""Choose which implementation of a kernel runs, once per device type."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from whalepod.errors import KernelUnavailable
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Supports = Callable[[Tensor], bool]
+Supports = Callable[[str], bool]
 
 
 class Kernel(Generic[P, R]):
     """A named operation with one reference in torch and any number of faster twins.
 
     The reference is always present and always correct; a twin is used when its
-    `supports` says so for the first tensor argument. `WHALEPOD_KERNELS=torch`
-    forces the reference everywhere.
+    `supports` says so for the device type of the first argument. `WHALEPOD_KERNELS=torch`
+    forces the reference everywhere, any other value the twin of that name. The choice is
+    made at the first call on a device type and kept, so the hot path pays one dict lookup.
     """
 
     def __init__(self, reference: Callable[P, R]) -> None:
@@ -28,29 +29,36 @@ class Kernel(Generic[P, R]):
         self.__doc__ = reference.__doc__
         self.reference = reference
         self._twins: dict[str, tuple[Supports, Callable[P, R]]] = {}
+        self._picked: dict[str, Callable[P, R]] = {}
 
     def twin(self, name: str, supports: Supports) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Register a faster implementation under `name`; later ones are tried first."""
 
         def add(function: Callable[P, R]) -> Callable[P, R]:
             self._twins = {name: (supports, function), **self._twins}
+            self._picked = {}
             return function
 
         return add
 
-    def pick(self, x: Tensor) -> Callable[P, R]:
-        """Return the implementation that `x` will run on."""
+    def pick(self, device_type: str) -> Callable[P, R]:
+        """Return the implementation that runs on `device_type` (`cpu`, `cuda`)."""
         wanted = os.environ.get("WHALEPOD_KERNELS")
         if wanted == "torch":
             return self.reference
         for name, (supports, function) in self._twins.items():
-            if wanted in (None, name) and supports(x):
+            if wanted in (None, name) and supports(device_type):
                 return function
-        if wanted is not None:
+        if wanted is not None and self._twins:
             raise KernelUnavailable(self.name, wanted, have=["torch", *self._twins])
         return self.reference
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run the implementation picked for the first argument."""
-        assert isinstance(args[0], Tensor)
-        return self.pick(args[0])(*args, **kwargs)
+        """Run the implementation picked for the first argument's device."""
+        first = args[0]
+        assert isinstance(first, Tensor)
+        kind = first.device.type
+        function = self._picked.get(kind)
+        if function is None:
+            function = self._picked[kind] = self.pick(kind)
+        return function(*args, **kwargs)

@@ -1,0 +1,35 @@
+"""Multi-query attention over one shared key/value vector per entry, with a sink in the denominator.
+
+Legend: B sequences, M queries per sequence, H heads, S entries, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from whalepod.kernels.registry import Kernel
+
+
+@Kernel
+def sink_attention(q_BMHD: Tensor, kv_BSD: Tensor, visible_BMS: Tensor, sink_H: Tensor) -> Tensor:
+    """Attend: `p_s = exp(z_s) / (sum exp(z) + exp(sink))`, `o = sum p_s kv_s`, `z = q kv / sqrt(D)`.
+
+    Args:
+        q_BMHD: `[B, M, H, D]`, fp32 or bf16.
+        kv_BSD: `[B, S, D]`, the same dtype; key and value are the same vector.
+        visible_BMS: `[B, M, S]` bool; a query may see no entry at all (then the output is 0).
+        sink_H: `[H]` fp32 logit per head, not scaled.
+
+    Returns:
+        `[B, M, H, D]` in the dtype of `q_BMHD`; softmax in fp32.
+
+    Source: DeepSeek-V4 inference/kernel.py, sparse_attn.
+    """
+    b, m, h, d = q_BMHD.shape
+    z = torch.bmm(q_BMHD.reshape(b, m * h, d), kv_BSD.transpose(1, 2)).view(b, m, h, -1)
+    z = (z.float() * d**-0.5).masked_fill_(~visible_BMS.unsqueeze(2), float("-inf"))
+    sink = sink_H.view(1, 1, h, 1).expand(b, m, h, 1)
+    p = torch.softmax(torch.cat([z, sink], dim=-1), dim=-1)[..., :-1]
+    p = p.to(kv_BSD.dtype).reshape(b, m * h, -1)
+    return torch.bmm(p, kv_BSD).view(b, m, h, d)

@@ -1,0 +1,179 @@
+"""One forward pass as the attention layers see it: which rows belong to which sequence, and where
+their state lies.
+
+Legend: T tokens of the pass, D decoding sequences (one token each, the first D rows), B blocks of
+a sequence's table, E compressed entries, W window, P rotated pairs.
+
+Entry w of a layer with ratio r lies in block `w // per` of its sequence's table, where
+`per = block_tokens / r`; raw window keys and compressor rows lie in rings addressed by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from whalepod.model.rope import turns
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """New tokens of one sequence.
+
+    Args:
+        slot: the sequence's place in the rings.
+        start: position of the first new token.
+        row: row of that token in the pass.
+        count: number of new tokens, at least one.
+        blocks: the sequence's block table, long enough for `start + count` tokens.
+    """
+
+    slot: int
+    start: int
+    row: int
+    count: int
+    blocks: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """Position after the last new token."""
+        return self.start + self.count
+
+    @property
+    def rows(self) -> slice:
+        """Rows of the pass that belong to this sequence."""
+        return slice(self.row, self.row + self.count)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeView:
+    """What all layers of one ratio share for the decoding rows.
+
+    `entries_DE` are flat pool rows of every visible entry, `seen_DE` masks the padding.
+    `closing` lists the decoding sequences whose window closes with this token and
+    `closing_rows` the pool row of the entry it makes; `closing_positions` its rotary position.
+    """
+
+    entries_DE: Tensor
+    seen_DE: Tensor
+    closing: Tensor
+    closing_rows: Tensor
+    closing_positions: Tensor
+    phase_D: Tensor
+
+
+@dataclass(slots=True)
+class Batch:
+    """A forward pass over a ragged batch: decoding sequences first, then prefill chunks.
+
+    State that a re-run of the same pass would still need is not overwritten before `commit`.
+    """
+
+    ids_T: Tensor
+    positions_T: Tensor
+    spans: tuple[Span, ...]
+    block_tokens: int
+    decoding: int = field(init=False)
+    slots_D: Tensor = field(init=False)
+    _views: dict[int, DecodeView] = field(init=False, default_factory=dict)
+    _turns: dict[int, Tensor] = field(init=False, default_factory=dict)
+    _writes: list[tuple[Tensor, Tensor, Tensor]] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Count the decoding spans, which must come first."""
+        counts = [span.count for span in self.spans]
+        self.decoding = next((i for i, n in enumerate(counts) if n > 1), len(counts))
+        device = self.ids_T.device
+        self.slots_D = torch.tensor([s.slot for s in self.decoders], dtype=torch.int64).to(device)
+
+    @classmethod
+    def of(
+        cls,
+        ids: Sequence[int],
+        spans: Sequence[Span],
+        block_tokens: int,
+        device: torch.device | str = "cpu",
+    ) -> Batch:
+        """Build a pass from token ids in row order; spans of one token come first."""
+        positions = [p for span in spans for p in range(span.start, span.end)]
+        return cls(
+            torch.tensor(ids, dtype=torch.int64).to(device),
+            torch.tensor(positions, dtype=torch.int64).to(device),
+            tuple(spans),
+            block_tokens,
+        )
+
+    @property
+    def decoders(self) -> tuple[Span, ...]:
+        """The spans of one token."""
+        return self.spans[: self.decoding]
+
+    @property
+    def chunks(self) -> tuple[Span, ...]:
+        """The spans of several tokens (prefill)."""
+        return self.spans[self.decoding :]
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.ids_T.shape[0]
+
+    def turns(self, freqs: Tensor) -> Tensor:
+        """Rotations of this pass's positions, `[T, P]`, computed once per frequency table."""
+        found = self._turns.get(id(freqs))
+        if found is None:
+            found = self._turns[id(freqs)] = turns(self.positions_T, freqs)
+        return found
+
+    def decode_view(self, ratio: int) -> DecodeView:
+        """Index tensors of the decoding rows for layers of `ratio`, computed once per pass."""
+        found = self._views.get(ratio)
+        if found is None:
+            found = self._views[ratio] = self._make_view(ratio)
+        return found
+
+    def entry_rows(self, span: Span, ratio: int, first: int, stop: int) -> Tensor:
+        """Flat pool rows of entries `first .. stop-1` of one sequence, `[stop - first]`."""
+        per = self.block_tokens // ratio
+        rows = [span.blocks[w // per] * per + w % per for w in range(first, stop)]
+        return torch.tensor(rows, dtype=torch.int64).to(self.ids_T.device)
+
+    def write_later(self, target: Tensor, rows: Tensor, values: Tensor) -> None:
+        """Note `target[rows] = values` for `commit`."""
+        self._writes.append((target, rows, values))
+
+    def commit(self) -> None:
+        """Make the pass's state visible. Running the pass again before this gives the same bits."""
+        for target, rows, values in self._writes:
+            target[rows] = values
+        self._writes.clear()
+
+    def _make_view(self, ratio: int) -> DecodeView:
+        per = self.block_tokens // ratio
+        spans, device = self.decoders, self.ids_T.device
+        seen = [(s.start + 1) // ratio for s in spans]
+        most = max(seen, default=0)
+        width = -(-most // per)
+        table = torch.tensor(
+            [[*s.blocks[:width], *([0] * (width - len(s.blocks)))] for s in spans],
+            dtype=torch.int64,
+        ).view(len(spans), width)
+        rows = (table.unsqueeze(-1) * per + torch.arange(per)).flatten(1)[:, :most]
+        closing = [d for d, s in enumerate(spans) if (s.start + 1) % ratio == 0]
+        made = [(spans[d], spans[d].start // ratio) for d in closing]
+        to = _on(device)
+        return DecodeView(
+            entries_DE=rows.to(device),
+            seen_DE=(torch.arange(most) < torch.tensor(seen).unsqueeze(-1)).to(device),
+            closing=to(closing),
+            closing_rows=to([s.blocks[w // per] * per + w % per for s, w in made]),
+            closing_positions=to([w * ratio for _, w in made]),
+            phase_D=to([s.start % ratio for s in spans]),
+        )
+
+
+def _on(device: torch.device) -> Callable[[list[int]], Tensor]:
+    return lambda values: torch.tensor(values, dtype=torch.int64).to(device)

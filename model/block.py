@@ -1,0 +1,77 @@
+"""One layer, cut in two where its tokens leave for the experts.
+
+Legend: T tokens, C residual streams, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whalepod.kernels.rms_norm import rms_norm
+from whalepod.model.attention import Attention
+from whalepod.model.batch import Batch
+from whalepod.model.cache import LayerCache
+from whalepod.model.expert import Expert
+from whalepod.model.fidelity import Fidelity
+from whalepod.model.mhc import HyperConnection, hc_post
+from whalepod.model.shape import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """What a layer keeps at home while its tokens visit the experts."""
+
+    x_TCD: Tensor
+    post_TC: Tensor
+    comb_TCC: Tensor
+    ffn_in_TD: Tensor
+
+
+class Block:
+    """The attention side of a layer: all of it but the routed experts and the gate."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        weights: Mapping[str, Tensor],
+        prefix: str,
+        freqs: Tensor,
+        dtype: torch.dtype,
+        fidelity: Fidelity,
+    ) -> None:
+        self.eps, self.layer = config.rms_norm_eps, layer
+        self.hc_attn = HyperConnection(config, weights, f"{prefix}.hc_attn")
+        self.hc_ffn = HyperConnection(config, weights, f"{prefix}.hc_ffn")
+        self.attn_norm = weights[f"{prefix}.attn_norm.weight"]
+        self.ffn_norm = weights[f"{prefix}.ffn_norm.weight"]
+        self.attention = Attention(
+            config, layer, weights, f"{prefix}.attn", freqs, dtype, fidelity
+        )
+        shared = f"{prefix}.ffn.shared_experts"
+        self.shared = Expert(
+            *(weights[f"{shared}.{w}.weight"] for w in ("w1", "w2", "w3")),
+            config.swiglu_limit,
+            fidelity,
+        )
+
+    def before(self, x_TCD: Tensor, batch: Batch, cache: LayerCache) -> Half:
+        """Run up to the experts' input: `half.ffn_in_TD` is what travels."""
+        a_TD, post, comb = self.hc_attn.pre(x_TCD)
+        a_TD = self.attention(rms_norm(a_TD, self.attn_norm, self.eps), batch, cache)
+        x_TCD = hc_post(a_TD, x_TCD, post, comb)
+        f_TD, post, comb = self.hc_ffn.pre(x_TCD)
+        return Half(x_TCD, post, comb, rms_norm(f_TD, self.ffn_norm, self.eps))
+
+    def share(self, half: Half) -> Tensor:
+        """Run the shared expert, `[T, D]`; done while the legs are under way."""
+        return self.shared(half.ffn_in_TD)
+
+    def after(self, half: Half, routed_TD: Tensor, shared_TD: Tensor) -> Tensor:
+        """Add what the routed experts sent back (fp32) and close the layer."""
+        out = (routed_TD + shared_TD.float()).to(half.x_TCD.dtype)
+        return hc_post(out, half.x_TCD, half.post_TC, half.comb_TCC)

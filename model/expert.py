@@ -1,0 +1,40 @@
+"""A feed-forward expert: clamped SwiGLU between two matrices.
+
+Legend: M rows, D hidden width, I intermediate width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from whalepod.kernels.linear import linear
+from whalepod.kernels.swiglu import swiglu
+from whalepod.model.fidelity import Fidelity
+
+
+class Expert:
+    """One expert's weights; routed and shared experts differ only in the row weight.
+
+    Args:
+        w1: `[I, D]` gate projection. w3: `[I, D]` up projection. w2: `[D, I]` down projection.
+        limit: `swiglu_limit` of the model.
+    """
+
+    def __init__(self, w1: Tensor, w2: Tensor, w3: Tensor, limit: float, fidelity: Fidelity) -> None:
+        self.w13, self.w2 = torch.cat([w1, w3]), w2
+        self.limit, self.fidelity = limit, fidelity
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights held."""
+        return self.w13.nbytes + self.w2.nbytes
+
+    def __call__(self, x_MD: Tensor, weight_M: Tensor | None = None) -> Tensor:
+        """Return `[M, D]` in the dtype of `x_MD`.
+
+        The routing weight is applied before the down projection, as the release does.
+        """
+        gate_up = linear(self.fidelity.linear_input(x_MD), self.w13)
+        inner = swiglu(gate_up, self.limit, weight_M)
+        return linear(self.fidelity.linear_input(inner), self.w2)

@@ -1,0 +1,79 @@
+"""The indexer of CSA layers: score every compressed entry, keep the best.
+
+Legend: T tokens, H index heads, I index_head_dim, E entries, K selected entries.
+Source: DeepSeek-V4 inference/model.py, Indexer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from whalepod.model.batch import Batch
+from whalepod.model.cache import Compressed
+from whalepod.model.compressor import Compressor
+from whalepod.model.fidelity import Fidelity
+from whalepod.model.rope import rotate_
+from whalepod.model.shape import ModelConfig
+
+
+class Indexer:
+    """Scores `I[t, e] = sum_h g[t, h] * relu(q[t, h] . k[e])` and picks the largest."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        weights: Mapping[str, Tensor],
+        prefix: str,
+        freqs: Tensor,
+        dtype: torch.dtype,
+        fidelity: Fidelity,
+    ) -> None:
+        self.config, self.freqs, self.fidelity = config, freqs, fidelity
+        self.topk = config.index_topk
+        self.scale = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
+        self.wq_b = weights[f"{prefix}.wq_b.weight"]
+        self.weights_proj = weights[f"{prefix}.weights_proj.weight"].float()
+        self.compressor = Compressor(
+            config,
+            layer,
+            config.index_head_dim,
+            weights,
+            f"{prefix}.compressor",
+            freqs,
+            dtype,
+            fidelity.index,
+        )
+
+    def query(self, q: Tensor, batch: Batch) -> Tensor:
+        """Rotate (and in `released` round) the raw queries `[T, H * I]`; returns `[T, H, I]`."""
+        heads = q.unflatten(-1, (self.config.index_n_heads, self.config.index_head_dim))
+        return self.fidelity.index(rotate_(heads, batch.turns(self.freqs)))
+
+    def score(self, q_BMHI: Tensor, gate_BMH: Tensor, keys_BEI: Tensor) -> Tensor:
+        """Score entries, `[B, M, E]` fp32; the caller masks what a query may not see."""
+        b, m, h, i = q_BMHI.shape
+        raw = torch.bmm(q_BMHI.reshape(b, m * h, i), keys_BEI.transpose(1, 2)).float().relu_()
+        gate = (gate_BMH * self.scale).reshape(b * m, 1, h)
+        return torch.bmm(gate, raw.view(b * m, h, -1)).view(b, m, -1)
+
+    def pick_decode(
+        self, q_THI: Tensor, gate_TH: Tensor, batch: Batch, state: Compressed, ratio: int
+    ) -> tuple[Tensor, Tensor]:
+        """Choose entries for the decoding rows.
+
+        Returns:
+            flat pool rows `[D, K]` and which of them are real, `[D, K]` bool.
+        """
+        view, n = batch.decode_view(ratio), batch.decoding
+        rows, seen = view.entries_DE, view.seen_DE
+        if rows.shape[1] <= self.topk:
+            return rows, seen
+        scores = self.score(
+            q_THI[:n].unsqueeze(1), gate_TH[:n].unsqueeze(1), state.entries[rows]
+        ).squeeze(1)
+        best = scores.masked_fill_(~seen, float("-inf")).topk(self.topk, dim=-1).indices
+        return rows.gather(1, best), seen.gather(1, best)

@@ -1,0 +1,75 @@
+"""Rotary positions: adjacent pairs in the last dims, YaRN on compressed layers, and the inverse."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from whalepod.model.shape import ModelConfig
+
+
+def frequencies(config: ModelConfig, layer: int) -> Tensor:
+    """Angular frequency of each rotated pair.
+
+    Layers without compression (and the MTP block) use `rope_theta` unscaled; all others use
+    `compress_rope_theta` with static YaRN for queries, window keys and compressed entries alike.
+    There is no attention-temperature factor.
+
+    Returns:
+        `[rd/2]` fp32, radians per position.
+    """
+    dims = config.qk_rope_head_dim
+    compressed = config.ratio(layer) != 0
+    base = config.compress_rope_theta if compressed else config.rope_theta
+    freqs = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+    yarn = config.rope_scaling
+    if not compressed or yarn is None:
+        return freqs
+
+    def turning_point(turns: float) -> float:
+        length = yarn.original_max_position_embeddings
+        return dims * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(turning_point(yarn.beta_fast)), 0)
+    high = min(math.ceil(turning_point(yarn.beta_slow)), dims - 1)
+    span = high - low if high != low else 0.001
+    ramp = ((torch.arange(dims // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    return freqs * (1 - ramp) + freqs / yarn.factor * ramp
+
+
+def turns(positions_T: Tensor, freqs: Tensor) -> Tensor:
+    """Unit complex numbers `exp(i * position * frequency)`.
+
+    Args:
+        positions_T: `[T]` integers.
+        freqs: `[rd/2]` fp32 from `frequencies`.
+
+    Returns:
+        `[T, rd/2]` complex64; angles are formed in fp32 as the reference does.
+    """
+    angles = positions_T.to(torch.float32).unsqueeze(-1) * freqs
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate_(x: Tensor, turns_TP: Tensor, *, inverse: bool = False) -> Tensor:
+    """Rotate the last `rd` dims of `x` in place; returns `x`.
+
+    Args:
+        x: `[T, D]` or `[T, heads, D]`, fp32 or bf16.
+        turns_TP: `[T, rd/2]` from `turns`.
+        inverse: rotate by the negative angle (attention output).
+    """
+    pairs = turns_TP.shape[-1]
+    if x.ndim == 3:
+        turns_TP = turns_TP.unsqueeze(1)
+    if inverse:
+        turns_TP = turns_TP.conj()
+    tail = x[..., x.shape[-1] - 2 * pairs :]
+    if x.dtype == torch.float32:
+        torch.view_as_complex(tail.unflatten(-1, (pairs, 2))).mul_(turns_TP)
+    else:
+        wide = torch.view_as_complex(tail.float().unflatten(-1, (pairs, 2))) * turns_TP
+        tail.copy_(torch.view_as_real(wide).flatten(-2))
+    return x
