@@ -60,3 +60,43 @@ class TokenEvent:
     logprob: float = 0.0
     finish: FinishReason | None = None
     error: str | None = None
+
+
+class Sequence:
+    """A request on the attention member: its tokens so far, and how far its state has come.
+
+    `computed` tokens are in the cache; the sequence decodes when one token is not. Tokens beyond
+    the prompt are those generated here or replayed from a former member.
+    """
+
+    __slots__ = ("blocks", "cancelled", "computed", "finished", "request", "slot", "tokens")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.tokens = [*request.prompt_ids, *request.emitted]
+        self.computed = 0
+        self.slot = -1
+        self.blocks: list[int] = []
+        self.cancelled = False
+        self.finished: FinishReason | None = None
+
+    @property
+    def generated(self) -> int:
+        """Tokens after the prompt."""
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are not in the cache yet."""
+        return len(self.tokens) - self.computed
+
+    def accept(self, token: int, logprob: float) -> TokenEvent:
+        """Append a sampled token and say so; the event carries the finish if this ends it."""
+        request = self.request
+        index = self.generated
+        self.tokens.append(token)
+        if token in request.stop_ids and not request.ignore_eos:
+            self.finished = "stop"
+        elif self.generated >= request.max_tokens:
+            self.finished = "length"
+        return TokenEvent(request.id, index, token, logprob, self.finished)

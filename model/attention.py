@@ -157,7 +157,7 @@ class Attention:
         age = positions.unsqueeze(-1) - torch.cat([past, positions])
         seen = (age >= 0) & (age < window)
         tail = positions[-window:] % window
-        batch.write_later(cache.window[span.slot], tail, new[-window:])
+        batch.write_later(span.slot, cache.window[span.slot], tail, new[-window:])
         entries = span.end // self.ratio if self.ratio else 0
         if not entries:
             return self._attend(q, kv, seen)

@@ -19,6 +19,9 @@ from torch import Tensor
 from whalepod.model.rope import turns
 
 
+Write = tuple[Tensor, Tensor, Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """New tokens of one sequence.
@@ -80,7 +83,7 @@ class Batch:
     slots_D: Tensor = field(init=False)
     _views: dict[int, DecodeView] = field(init=False, default_factory=dict)
     _turns: dict[int, Tensor] = field(init=False, default_factory=dict)
-    _writes: list[tuple[Tensor, Tensor, Tensor]] = field(init=False, default_factory=list)
+    _writes: dict[int, list[Write]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Count the decoding spans, which must come first."""
@@ -141,15 +144,18 @@ class Batch:
         rows = [span.blocks[w // per] * per + w % per for w in range(first, stop)]
         return torch.tensor(rows, dtype=torch.int64).to(self.ids_T.device)
 
-    def write_later(self, target: Tensor, rows: Tensor, values: Tensor) -> None:
-        """Note `target[rows] = values` for `commit`."""
-        self._writes.append((target, rows, values))
+    def write_later(self, slot: int, target: Tensor, rows: Tensor, values: Tensor) -> None:
+        """Note `target[rows] = values` for the `commit` of the sequence in `slot`."""
+        self._writes.setdefault(slot, []).append((target, rows, values))
 
-    def commit(self) -> None:
-        """Make the pass's state visible. Running the pass again before this gives the same bits."""
-        for target, rows, values in self._writes:
-            target[rows] = values
-        self._writes.clear()
+    def commit(self, slot: int | None = None) -> None:
+        """Make the pass's state visible, of one sequence or of all.
+
+        Running the pass again before this gives the same bits.
+        """
+        for which in [slot] if slot is not None else list(self._writes):
+            for target, rows, values in self._writes.pop(which, ()):
+                target[rows] = values
 
     def _make_view(self, ratio: int) -> DecodeView:
         per = self.block_tokens // ratio

@@ -81,7 +81,7 @@ class Compressor:
         positions = batch.positions_T[span.rows]
         rows[:, 1] += self.ape_JC[positions % ratio]
         tail = positions[-ring:] % ring
-        batch.write_later(state.raw[span.slot], tail, rows[-ring:])
+        batch.write_later(span.slot, state.raw[span.slot], tail, rows[-ring:])
         first, stop = span.start // ratio, span.end // ratio
         if stop == first:
             return

@@ -1,0 +1,99 @@
+"""An attention stage: a contiguous range of layers, their KV state, and an end of the model.
+
+Legend: T rows, C residual streams, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from whalepod.engine.experts import Experts
+from whalepod.model.batch import Batch
+from whalepod.model.block import Block, Half
+from whalepod.model.cache import Cache
+from whalepod.model.fidelity import Fidelity
+from whalepod.model.rope import frequencies
+from whalepod.model.shape import ModelConfig
+from whalepod.model.trunk import Head, embed
+
+
+class AttentionStage:
+    """The attention side of `layers`; the first stage embeds, the last has the head.
+
+    Args:
+        weights: official names; those of these layers, and `embed.weight` or the head's where due.
+        slots, blocks: room for sequences and for blocks of compressed entries.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: range,
+        weights: Mapping[str, Tensor],
+        *,
+        slots: int,
+        blocks: int,
+        dtype: torch.dtype,
+        fidelity: Fidelity,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config, self.layers, self.dtype = config, layers, dtype
+        self.device = torch.device(device)
+        tables = {config.ratio(i): frequencies(config, i).to(device) for i in layers}
+        self.blocks = [
+            Block(config, i, weights, f"layers.{i}", tables[config.ratio(i)], dtype, fidelity)
+            for i in layers
+        ]
+        self.embedding = weights.get("embed.weight")
+        last = layers.stop == config.num_hidden_layers
+        self.head = Head(config, weights) if last else None
+        self.cache = Cache(config, layers, slots=slots, blocks=blocks, dtype=dtype, device=device)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Streams that enter layer 0, `[T, C, D]`."""
+        assert self.embedding is not None
+        return embed(self.embedding, batch.ids_T, self.config.hc_mult)
+
+    def forward(
+        self, batches: Seq[Batch | None], streams: Seq[Tensor], experts: Experts
+    ) -> list[Tensor]:
+        """Run the layers over micro-batches: one computes while the others travel.
+
+        Args:
+            batches: one a micro-batch; None where only other members have rows.
+            streams: `[T, C, D]` each.
+
+        Returns:
+            the streams after the last layer. Nothing of `batches` is committed.
+        """
+        x = list(streams)
+        halves: list[tuple[Half, Tensor] | None] = [None] * len(x)
+        none = torch.zeros(0, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        for block in self.blocks:
+            for m, batch in enumerate(batches):
+                if block.layer > self.layers.start:
+                    x[m] = self._finish(block.layer - 1, m, halves[m], x[m], experts)
+                if batch is None:
+                    experts.send(block.layer, m, none, none[:, 0].long())
+                    continue
+                half = block.before(x[m], batch, self.cache.layers[block.layer])
+                experts.send(block.layer, m, half.ffn_in_TD, batch.ids_T)
+                halves[m] = (half, block.share(half))
+        last = self.layers.stop - 1
+        return [self._finish(last, m, halves[m], x[m], experts) for m in range(len(x))]
+
+    def logits(self, x_TCD: Tensor, rows: list[int]) -> Tensor:
+        """Logits of some rows of the last layer's streams, `[len(rows), V]` fp32."""
+        assert self.head is not None
+        return self.head(x_TCD[torch.tensor(rows, dtype=torch.int64, device=x_TCD.device)])
+
+    def _finish(
+        self, layer: int, m: int, half: tuple[Half, Tensor] | None, x_TCD: Tensor, experts: Experts
+    ) -> Tensor:
+        routed = experts.receive(layer, m)
+        if half is None:
+            return x_TCD
+        return self.blocks[layer - self.layers.start].after(half[0], routed, half[1])

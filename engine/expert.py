@@ -1,0 +1,147 @@
+"""An expert shard: the weights of its (layer, expert) pairs, and the loop that serves rows.
+
+Legend: M rows, N (row, expert) pairs, K experts per token, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from whalepod.cluster.fabric import Fabric
+from whalepod.cluster.placement import Placement
+from whalepod.engine.lanes import Announcement, Lanes
+from whalepod.engine.legs import (
+    TAG_HOME,
+    TAG_SHARD,
+    Form,
+    Incoming,
+    Outgoing,
+    Place,
+    to_home,
+    to_shard,
+)
+from whalepod.model.expert import Expert
+from whalepod.model.moe import run_experts
+from whalepod.model.shape import ModelConfig
+
+
+class ExpertShard:
+    """Hold experts across epochs; load what a placement adds, drop what it takes away.
+
+    Args:
+        config: sizes.
+        load: reads one expert, `(layer, expert) -> Expert`.
+        dtype: of the rows that travel.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        load: Callable[[int, int], Expert],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config, self.dtype, self.device, self._load = config, dtype, torch.device(device), load
+        self.experts: dict[int, dict[int, Expert]] = {}
+        k, width = config.num_experts_per_tok, config.hidden_size
+        self._in, self._out = to_shard(width, dtype, k), to_home(width, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights held."""
+        return sum(e.nbytes for layer in self.experts.values() for e in layer.values())
+
+    def prepare(self, placement: Placement, name: str, layers: range) -> int:
+        """Load the experts that `placement` gives to member `name`; returns how many were new."""
+        new = 0
+        for layer in layers:
+            held = self.experts.setdefault(layer, {})
+            for expert in placement.experts_of(name, layer):
+                if expert not in held:
+                    held[expert] = self._load(layer, expert)
+                    new += 1
+        return new
+
+    def trim(self, placement: Placement, name: str, layers: range) -> None:
+        """Drop what `placement` does not give to `name` (after the epoch has begun)."""
+        for layer in layers:
+            keep = set(placement.experts_of(name, layer))
+            held = self.experts.get(layer, {})
+            for expert in [e for e in held if e not in keep]:
+                del held[expert]
+
+    def serve_step(
+        self, fabric: Fabric, lanes: Lanes, announced: dict[int, Announcement]
+    ) -> None:
+        """Serve every pass of one step, as a member of its own."""
+        out = Outgoing()
+        passes = list(lanes.passes(announced))
+        asked = self.ask(fabric, lanes, *passes[0]) if passes else []
+        for i, (place, rows) in enumerate(passes):
+            current = asked
+            if i + 1 < len(passes):
+                asked = self.ask(fabric, lanes, *passes[i + 1])
+            self.serve_pass(fabric, lanes, place, rows, current, out)
+        out.settle()
+
+    def ask(
+        self, fabric: Fabric, lanes: Lanes, place: Place, rows: list[int]
+    ) -> list[Incoming]:
+        """Ask every dispatcher that has rows in this pass for its message."""
+        return [
+            Incoming(fabric, rank, TAG_SHARD, self._in.bytes_of(count), self.device)
+            for rank, count in lanes.load_of(place.layer, rows).items()
+        ]
+
+    def serve_pass(
+        self,
+        fabric: Fabric,
+        lanes: Lanes,
+        place: Place,
+        rows: list[int],
+        asked: list[Incoming],
+        out: Outgoing,
+    ) -> None:
+        """Run the rows of one (layer, micro-batch) and send the results home; legs 2 to 3."""
+        parcels = [self._in.unpack(place, incoming.take()) for incoming in asked]
+        if not parcels:
+            return
+        ints_MC = torch.cat([ints for ints, _ in parcels])
+        x_MD = torch.cat([x for _, x in parcels])
+        homes = lanes.homes[lanes.stage_of(place.layer)]
+        counts = {home: count for home, count in zip(homes, rows, strict=True) if count}
+        self._reply(fabric, place, *self._run(place.layer, ints_MC, x_MD), counts, out)
+
+    def _run(self, layer: int, ints_MC: Tensor, x_MD: Tensor) -> tuple[Tensor, Tensor]:
+        """Run every (row, expert) pair: labels (home, row, choice) `[N, 3]` and outputs `[N, D]`."""
+        k = self.config.num_experts_per_tok
+        experts_MK, bits_MK = ints_MC[:, 2 : 2 + k], ints_MC[:, 2 + k :].contiguous()
+        at, choice = (experts_MK >= 0).nonzero(as_tuple=True)
+        weights_N = bits_MK.view(torch.float32)[at, choice]
+        experts = experts_MK[at, choice].tolist()
+        labels = torch.cat([ints_MC[at, :2], choice.to(torch.int32).unsqueeze(1)], dim=1)
+        if not experts:
+            return labels, x_MD[:0]
+        return labels, run_experts(x_MD[at], experts, weights_N, self.experts[layer])
+
+    def _reply(
+        self,
+        fabric: Fabric,
+        place: Place,
+        labels_N3: Tensor,
+        out_ND: Tensor,
+        counts: dict[int, int],
+        out: Outgoing,
+    ) -> None:
+        for home, count in counts.items():
+            mine = slice(None) if len(counts) == 1 else (labels_N3[:, 0] == home)
+            message = self._out.pack(place, labels_N3[mine, 1:], out_ND[mine])
+            out.send(fabric, message, home, TAG_HOME, home_room(self._out, count, self.config))
+
+
+def home_room(form: Form, rows: int, config: ModelConfig) -> int:
+    """Largest message a shard may send home for that many rows: each of a row's choices."""
+    return form.bytes_of(rows * config.num_experts_per_tok)

@@ -1,0 +1,145 @@
+"""What an attention stage sees of the experts: rows go out, summed rows come back.
+
+Legend: T rows, K experts per token, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from whalepod.cluster.fabric import Fabric
+from whalepod.engine.expert import ExpertShard, home_room
+from whalepod.engine.lanes import Announcement, Lanes
+from whalepod.engine.legs import (
+    TAG_HOME,
+    TAG_ROUTER,
+    Incoming,
+    Outgoing,
+    Place,
+    to_home,
+    to_router,
+)
+from whalepod.engine.router import Router
+from whalepod.errors import EpochLost
+from whalepod.kernels.combine import combine
+from whalepod.model.expert import Expert
+from whalepod.model.gate import Gate
+from whalepod.model.moe import mixture
+from whalepod.model.shape import ModelConfig
+
+
+class Experts(Protocol):
+    """The routed experts of one step. `send` and `receive` come in the same order."""
+
+    def send(self, layer: int, micro_batch: int, x_TD: Tensor, ids_T: Tensor) -> None:
+        """Let rows go; T may be 0 when only other members have rows in this pass."""
+        ...
+
+    def receive(self, layer: int, micro_batch: int) -> Tensor:
+        """Wait for the sums of the rows sent, `[T, D]` fp32. Raises EpochLost."""
+        ...
+
+
+class LocalExperts:
+    """All experts in this process."""
+
+    def __init__(self, gates: dict[int, Gate], experts: dict[int, dict[int, Expert]]) -> None:
+        self._gates, self._experts = gates, experts
+        self._done: dict[tuple[int, int], Tensor] = {}
+
+    def send(self, layer: int, micro_batch: int, x_TD: Tensor, ids_T: Tensor) -> None:
+        """Compute at once."""
+        routes = self._gates[layer].route(x_TD, ids_T)
+        self._done[layer, micro_batch] = mixture(x_TD, routes, self._experts[layer])
+
+    def receive(self, layer: int, micro_batch: int) -> Tensor:
+        """Return what `send` computed."""
+        return self._done.pop((layer, micro_batch))
+
+
+class RemoteExperts:
+    """Experts on other members (and, in layout ep, on this one too), for one step.
+
+    Args:
+        replica: this attention replica's number.
+        router: set when this member routes for itself.
+        shard: set when this member holds experts as well; it then serves every pass.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        fabric: Fabric,
+        lanes: Lanes,
+        announced: dict[int, Announcement],
+        replica: int,
+        dtype: torch.dtype,
+        router: Router | None = None,
+        shard: ExpertShard | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._config, self._fabric, self._lanes = config, fabric, lanes
+        self._announced, self._replica = announced, replica
+        self._router, self._shard, self._device = router, shard, torch.device(device)
+        self._out = Outgoing()
+        self._leg1, self._leg3 = to_router(config.hidden_size, dtype), to_home(config.hidden_size, dtype)
+        self._waiting: dict[tuple[int, int], tuple[int, list[Incoming]]] = {}
+        self._serving: dict[tuple[int, int], list[Incoming]] = {}
+
+    def send(self, layer: int, micro_batch: int, x_TD: Tensor, ids_T: Tensor) -> None:
+        """Leg 1 (or 2, when this member routes), and ask for leg 3."""
+        place = Place(self._lanes.epoch, layer, micro_batch)
+        count, key = x_TD.shape[0], (layer, micro_batch)
+        if self._shard is not None:
+            rows = self._rows(micro_batch)
+            self._serving[key] = self._shard.ask(self._fabric, self._lanes, place, rows)
+        if not count:
+            self._waiting[key] = (0, [])
+            return
+        room = home_room(self._leg3, count, self._config)
+        asked = [
+            Incoming(self._fabric, rank, TAG_HOME, room, self._device)
+            for rank in self._lanes.shards
+        ]
+        self._waiting[key] = (count, asked)
+        if self._router is not None:
+            homes = [(self._fabric.rank, count)]
+            self._router.dispatch(
+                self._fabric, self._lanes, place, self._out, x_TD, ids_T, homes
+            )
+        else:
+            message = self._leg1.pack(place, ids_T.unsqueeze(1), x_TD)
+            to = self._lanes.dispatcher(layer, self._replica)
+            self._out.send(self._fabric, message, to, TAG_ROUTER, message.numel())
+
+    def receive(self, layer: int, micro_batch: int) -> Tensor:
+        """Leg 3: one row per (token, expert) from the shards, summed in the router's order."""
+        place, key = Place(self._lanes.epoch, layer, micro_batch), (layer, micro_batch)
+        if self._shard is not None:
+            asked = self._serving.pop(key)
+            rows = self._rows(micro_batch)
+            self._shard.serve_pass(self._fabric, self._lanes, place, rows, asked, self._out)
+        count, incoming = self._waiting.pop(key)
+        width, k = self._config.hidden_size, self._config.num_experts_per_tok
+        parcels = [self._leg3.unpack(place, message.take()) for message in incoming]
+        if not parcels:
+            return torch.zeros(0, width, device=self._device)
+        ints = torch.cat([i for i, _ in parcels]).long()
+        if len(ints) != count * k:
+            raise EpochLost(
+                place.epoch, [], f"{len(ints)} expert rows came back in {place}, not {count * k}"
+            )
+        rows_ND = torch.cat([r for _, r in parcels])
+        parts = torch.empty(count * k, width, dtype=rows_ND.dtype, device=self._device)
+        parts[ints[:, 0] * k + ints[:, 1]] = rows_ND
+        return combine(parts.view(count, k, width))
+
+    def settle(self) -> None:
+        """Wait until everything sent has left; the end of a step."""
+        self._out.settle()
+
+    def _rows(self, micro_batch: int) -> list[int]:
+        return [self._announced[r].rows[micro_batch] for r in self._lanes.replicas]

@@ -1,0 +1,149 @@
+"""The life of requests on an attention member, from submission to the last token.
+
+Other threads submit and cancel; one thread plans steps and takes their results in.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from whalepod.engine.request import Request, Sequence, TokenEvent
+from whalepod.engine.sampler import Drawn
+from whalepod.engine.scheduler import Scheduler
+from whalepod.engine.step import Part, Step, split
+from whalepod.errors import Overloaded, RequestError
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since start."""
+
+    steps: int = 0
+    tokens: int = 0
+    generated: int = 0
+    repeated_steps: int = 0
+
+
+@dataclass(slots=True)
+class Plan:
+    """A step and the sequences behind its parts."""
+
+    step: Step
+    planned: list[tuple[Sequence, Part]]
+    by_slot: dict[int, Sequence] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Index by slot."""
+        self.by_slot = {part.slot: sequence for sequence, part in self.planned}
+
+
+class EngineLoop:
+    """Queues, plans and results. `emit` is called from the planning thread."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        emit: Callable[[TokenEvent], None],
+        *,
+        max_queue: int,
+        max_context: int,
+    ) -> None:
+        self.scheduler, self.emit = scheduler, emit
+        self.max_queue, self.max_context = max_queue, max_context
+        self.wake = threading.Event()
+        self.ring: Callable[[], None] = lambda: None
+        self.counters = Counters()
+        self._inbox: deque[Request | str] = deque()
+        self._live: dict[str, Sequence] = {}
+
+    @property
+    def load(self) -> int:
+        """Requests that wait or run."""
+        return len(self._live) + len(self._inbox)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._inbox) or self.scheduler.busy
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError or Overloaded if this request cannot be taken."""
+        total = len(request.prompt_ids) + request.max_tokens
+        if total > self.max_context or not self.scheduler.fits(total):
+            room = min(
+                self.max_context, self.scheduler.blocks.size * self.scheduler.block_tokens
+            )
+            raise RequestError(
+                f"{len(request.prompt_ids)} prompt tokens + max_tokens {request.max_tokens} "
+                f"= {total} exceed the context of {room}; shorten one of them",
+                "max_tokens",
+            )
+        if self.load >= self.max_queue:
+            raise Overloaded(
+                f"{self.load} requests wait or run and the limit is {self.max_queue}", 1.0
+            )
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; from any thread. Raises what `check` raises."""
+        self.check(request)
+        self._inbox.append(request)
+        self.wake.set()
+        self.ring()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before its time; from any thread. Unknown ids are ignored."""
+        self._inbox.append(request_id)
+        self.wake.set()
+
+    def plan(self, micro_batches: int) -> Plan | None:
+        """Choose the next step; None when nothing waits."""
+        self._take_in()
+        planned = self.scheduler.plan()
+        if not planned:
+            return None
+        return Plan(split([part for _, part in planned], micro_batches), planned)
+
+    def finish(self, plan: Plan, drawn: list[Drawn]) -> None:
+        """Take a completed step's tokens in, in the order of its parts that draw."""
+        self.scheduler.advance(plan.planned)
+        self.counters.steps += 1
+        self.counters.tokens += plan.step.tokens
+        parts = [p for m in plan.step.micro_batches for p in m.parts if p.draw is not None]
+        for part, got in zip(parts, drawn, strict=True):
+            sequence = plan.by_slot[part.slot]
+            event = sequence.accept(got.token, got.logprob)
+            self.counters.generated += 1
+            if event.finish is not None:
+                self._forget(sequence)
+            self.emit(event)
+
+    def abort_all(self, reason: str) -> None:
+        """End every request with finish `error` (the member is going away for good)."""
+        self._take_in()
+        for sequence in list(self._live.values()):
+            self._forget(sequence)
+            self.emit(_end(sequence, "error", reason))
+
+    def _take_in(self) -> None:
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, Request):
+                sequence = self._live[item.id] = Sequence(item)
+                self.scheduler.add(sequence)
+            elif item in self._live:
+                sequence = self._live[item]
+                self._forget(sequence)
+                self.emit(_end(sequence, "abort", None))
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._live.pop(sequence.request.id, None)
+        self.scheduler.drop(sequence)
+
+
+def _end(sequence: Sequence, finish: str, reason: str | None) -> TokenEvent:
+    assert finish in ("abort", "error")
+    kind = "abort" if finish == "abort" else "error"
+    return TokenEvent(sequence.request.id, sequence.generated, -1, 0.0, kind, reason)

@@ -1,0 +1,130 @@
+"""A member: one process (or thread) with one device, carrying one or more roles through epochs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from whalepod.cluster.epoch import Epoch
+from whalepod.cluster.fabric import Fabric
+from whalepod.config import Config
+from whalepod.engine.attention import AttentionStage
+from whalepod.engine.expert import ExpertShard
+from whalepod.engine.lanes import Lanes
+from whalepod.engine.loop import EngineLoop
+from whalepod.engine.request import TokenEvent
+from whalepod.engine.router import Router
+from whalepod.engine.scheduler import Scheduler
+from whalepod.engine.session import (
+    FirstStage,
+    LaterStage,
+    Seat,
+    serve_router,
+    serve_shard,
+)
+from whalepod.engine.source import Source
+from whalepod.model.shape import ModelConfig
+
+
+def context_limit(config: Config, model: ModelConfig) -> int:
+    """Longest prompt plus output, in tokens."""
+    return config.engine.max_context or min(model.max_position_embeddings, 65536)
+
+
+class Member:
+    """Roles that outlive epochs: KV state, weights and queues stay while memberships change.
+
+    Args:
+        name: unique in the cluster.
+        config: the whole configuration; its digest is checked at admission to an epoch.
+        source: where weights come from.
+        emit: takes every token of this member's requests; called from the serving thread.
+    """
+
+    def __init__(
+        self, name: str, config: Config, source: Source, emit: Callable[[TokenEvent], None]
+    ) -> None:
+        self.name, self.config, self.source, self._emit = name, config, source, emit
+        self.model: ModelConfig = source.config
+        self.loop: EngineLoop | None = None
+        self.stage: AttentionStage | None = None
+        self.router: Router | None = None
+        self.shard: ExpertShard | None = None
+        self._first: FirstStage | None = None
+        self._later: LaterStage | None = None
+
+    def open_attention(self, layers: range) -> None:
+        """Load the attention side of `layers`, and open the queue if they start the model."""
+        blocks = max(1, self.config.engine.kv_tokens // 128)
+        engine = self.config.engine
+        stage = self.stage = self.source.stage(layers, slots=engine.max_batch, blocks=blocks)
+        if layers.start:
+            self._later = LaterStage(stage)
+            return
+        scheduler = Scheduler(
+            engine.max_batch, blocks, stage.cache.block_tokens, engine.max_step_tokens
+        )
+        self.loop = EngineLoop(
+            scheduler,
+            self._emit,
+            max_queue=engine.max_queue,
+            max_context=context_limit(self.config, self.model),
+        )
+        self._first = FirstStage(self.loop, stage, self.config.topology.micro_batches)
+
+    def prepare(self, epoch: Epoch) -> None:
+        """Load what an epoch needs of this member, beside the epoch that still runs."""
+        lanes = Lanes.of(epoch, self.model.num_hidden_layers)
+        seat = epoch.member(self.name)
+        if "attention" in seat.roles and self.stage is None:
+            self.open_attention(lanes.stage_layers[seat.stage])
+        if "router" in seat.roles:
+            self.router = self.router or self.source.router()
+            self.router.load(self._routed_layers(lanes, seat.stage, seat.roles))
+        if "expert" in seat.roles:
+            self.shard = self.shard or self.source.shard()
+            self.shard.prepare(epoch.placement, self.name, self.model.layers)
+
+    def serve(self, epoch: Epoch, fabric: Fabric, stop: threading.Event) -> None:
+        """Run this member's part of an epoch; returns at its orderly end. Raises EpochLost.
+
+        `stop` matters on the lead alone: it ends the epoch for all at the next step boundary.
+        """
+        lanes, seat = Lanes.of(epoch, self.model.num_hidden_layers), epoch.member(self.name)
+        if "router" in seat.roles:
+            assert self.router is not None
+            layers = self._routed_layers(lanes, seat.stage, seat.roles)
+            self.router.place(epoch.placement, layers)
+        if "expert" in seat.roles:
+            assert self.shard is not None
+            self.shard.trim(epoch.placement, self.name, self.model.layers)
+        if "attention" in seat.roles:
+            self._serve_attention(epoch, fabric, lanes, stop)
+        elif "router" in seat.roles:
+            assert self.router is not None
+            serve_router(self.router, fabric, lanes)
+        else:
+            assert self.shard is not None
+            serve_shard(self.shard, fabric, lanes)
+
+    def _serve_attention(
+        self, epoch: Epoch, fabric: Fabric, lanes: Lanes, stop: threading.Event
+    ) -> None:
+        member = epoch.member(self.name)
+        seat = Seat(
+            fabric,
+            lanes,
+            member.stage,
+            member.replica,
+            self.router if "router" in member.roles else None,
+            self.shard if "expert" in member.roles else None,
+        )
+        if self._first is not None:
+            self._first.serve(seat, stop)
+        else:
+            assert self._later is not None
+            self._later.serve(seat)
+
+    def _routed_layers(self, lanes: Lanes, stage: int, roles: tuple[str, ...]) -> range:
+        """Layers this member routes: its own stage's, or all as a router of its own."""
+        return lanes.stage_layers[stage] if "attention" in roles else self.model.layers

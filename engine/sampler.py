@@ -1,0 +1,73 @@
+"""Choose the next token: a pure function of (logits, settings, seed, position).
+
+Nothing is remembered between calls, so a replayed or migrated request goes on with the same
+tokens wherever it runs. Legend: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whalepod.engine.request import Sampling
+
+_MASK = (1 << 64) - 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """Return a number in `[0, 1)` that depends on both arguments alone (splitmix64, 53 bits)."""
+    x = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & _MASK
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ (x >> shift)) * factor) & _MASK
+    return ((x ^ (x >> 31)) >> 11) / (1 << 53)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token, and its log-probability under the unmodified logits."""
+
+    token: int
+    logprob: float
+
+
+def sample(logits_NV: Tensor, settings: Seq[Sampling], positions: Seq[int]) -> list[Drawn]:
+    """Draw one token a row.
+
+    Args:
+        logits_NV: `[N, V]` fp32.
+        settings: one a row.
+        positions: index of the drawn token in its sequence, one a row.
+
+    Returns:
+        one `Drawn` a row. Greedy ties go to the lowest id.
+    """
+    greedy = logits_NV.argmax(-1).tolist()
+    tokens = [
+        greedy[i] if s.temperature == 0 else draw(logits_NV[i], s, positions[i])
+        for i, s in enumerate(settings)
+    ]
+    at = torch.tensor(tokens, device=logits_NV.device).unsqueeze(-1)
+    chosen = logits_NV.gather(1, at).squeeze(1) - logits_NV.logsumexp(-1)
+    return [Drawn(t, p) for t, p in zip(tokens, chosen.tolist(), strict=True)]
+
+
+def draw(logits_V: Tensor, settings: Sampling, position: int) -> int:
+    """Draw from one row: temperature, then top-k, then top-p, then inverse transform.
+
+    Candidates are taken in the order of (-logit, id), in fp64, so equal logits give equal tokens.
+    """
+    scaled = logits_V.double() / settings.temperature
+    ordered, ids = torch.sort(scaled, descending=True, stable=True)
+    if settings.top_k:
+        ordered, ids = ordered[: settings.top_k], ids[: settings.top_k]
+    cumulative = torch.softmax(ordered, dim=0).cumsum(0)
+    if settings.top_p < 1:
+        # Keep the smallest head whose mass reaches top_p; it always holds the best candidate.
+        keep = int((cumulative < settings.top_p).sum()) + 1
+        cumulative = cumulative[:keep]
+    target = uniform(settings.seed, position) * cumulative[-1].item()
+    place = int(torch.searchsorted(cumulative, target, right=True))
+    return int(ids[min(place, len(cumulative) - 1)])

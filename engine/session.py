@@ -1,0 +1,249 @@
+"""One member's part in one epoch: steps until the epoch stops or is lost.
+
+Legend: T rows, C residual streams, D width.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whalepod.cluster.fabric import Fabric
+from whalepod.engine.announce import Announcer
+from whalepod.engine.attention import AttentionStage
+from whalepod.engine.expert import ExpertShard
+from whalepod.engine.experts import Experts, RemoteExperts
+from whalepod.engine.lanes import Announcement, Lanes
+from whalepod.engine.legs import (
+    SIZED_BYTES,
+    TAG_STAGE,
+    TAG_TOKENS,
+    Incoming,
+    Outgoing,
+)
+from whalepod.engine.loop import EngineLoop, Plan
+from whalepod.engine.router import Router
+from whalepod.engine.sampler import Drawn, sample
+from whalepod.engine.step import MicroBatch, Step
+from whalepod.model.batch import Batch
+
+
+def draw(stage: AttentionStage, x: Seq[Tensor], micro_batches: Seq[MicroBatch]) -> list[Drawn]:
+    """Sample from the last stage's streams, in the order of the parts that draw."""
+    drawn: list[Drawn] = []
+    for x_TCD, micro_batch in zip(x, micro_batches, strict=True):
+        rows, draws = micro_batch.last_rows(), micro_batch.draws()
+        if rows:
+            logits = stage.logits(x_TCD, rows)
+            drawn += sample(logits, [s for s, _ in draws], [p for _, p in draws])
+    return drawn
+
+
+def run_alone(stage: AttentionStage, experts: Experts, step: Step) -> list[Drawn]:
+    """Run a step on a member that has every layer and reaches experts without other replicas."""
+    batches = [m.batch(stage.cache.block_tokens, stage.device) for m in step.micro_batches]
+    x = stage.forward(batches, [stage.embed(b) for b in batches], experts)
+    drawn = draw(stage, x, step.micro_batches)
+    for batch in batches:
+        batch.commit()
+    return drawn
+
+
+@dataclass(slots=True)
+class Seat:
+    """Where an attention member sits, and what else it carries in this epoch."""
+
+    fabric: Fabric
+    lanes: Lanes
+    stage_index: int
+    replica: int
+    router: Router | None
+    shard: ExpertShard | None
+
+    def rank_of_stage(self, stage: int) -> int:
+        """The rank of this replica's given stage."""
+        return self.lanes.homes[stage][self.replica]
+
+    def experts(
+        self, stage: AttentionStage, announced: dict[int, Announcement]
+    ) -> RemoteExperts:
+        """The experts of one step."""
+        return RemoteExperts(
+            stage.config,
+            self.fabric,
+            self.lanes,
+            announced,
+            self.replica,
+            stage.dtype,
+            self.router,
+            self.shard,
+            stage.device,
+        )
+
+
+def _pad(items: list[Batch], announced: dict[int, Announcement]) -> list[Batch | None]:
+    """As many micro-batches as the busiest replica has."""
+    most = max(
+        (m + 1 for a in announced.values() for m in range(3) if a.rows[m]), default=0
+    )
+    return [*items, *([None] * (most - len(items)))]
+
+
+class FirstStage:
+    """An attention member that owns requests: plans steps, runs its layers, emits tokens."""
+
+    keepalive_s = 1.0
+
+    def __init__(self, loop: EngineLoop, stage: AttentionStage, micro_batches: int) -> None:
+        self.loop, self.stage, self.micro_batches = loop, stage, micro_batches
+
+    def serve(self, seat: Seat, stop: threading.Event) -> None:
+        """Run steps; returns when the lead has announced the stop. Raises EpochLost."""
+        announcer = Announcer(seat.fabric, seat.lanes, self.stage.device)
+        leads = seat.fabric.rank == seat.lanes.lead
+        others_busy, plan = False, None
+
+        def mine() -> Announcement:
+            nonlocal plan
+            if leads and stop.is_set():
+                return Announcement(stop=True)
+            plan = self.loop.plan(self.micro_batches)
+            return _announce(plan)
+
+        while True:
+            plan = None
+            if leads and not (others_busy or self.loop.busy or stop.is_set()):
+                self.loop.wake.wait(self.keepalive_s)
+            self.loop.wake.clear()
+            announced = announcer.exchange(mine)
+            if announced is None:
+                return
+            others_busy = any(
+                any(a.rows) for replica, a in announced.items() if replica != seat.replica
+            )
+            self._step(seat, announced, plan)
+
+    def _step(self, seat: Seat, announced: dict[int, Announcement], plan: Plan | None) -> None:
+        experts, step = seat.experts(self.stage, announced), plan.step if plan else Step(())
+        tokens = self.stage.cache.block_tokens
+        batches = [m.batch(tokens, self.stage.device) for m in step.micro_batches]
+        padded = _pad(batches, announced)
+        x = [self.stage.embed(b) for b in batches]
+        x += [torch.empty(0, device=self.stage.device)] * (len(padded) - len(x))
+        if plan is not None or seat.shard is not None:
+            x = self.stage.forward(padded, x, experts)
+        if plan is not None:
+            last = len(seat.lanes.stage_layers) - 1
+            drawn = (
+                draw(self.stage, x[: len(batches)], step.micro_batches)
+                if last == 0
+                else self._draw_remotely(seat, step, x, seat.rank_of_stage(last))
+            )
+            for batch in batches:
+                batch.commit()
+            self.loop.finish(plan, drawn)
+        experts.settle()
+
+    def _draw_remotely(self, seat: Seat, step: Step, x: list[Tensor], last: int) -> list[Drawn]:
+        out = Outgoing()
+        pass_on(seat.fabric, out, step, x, seat.rank_of_stage(1))
+        count = sum(len(m.last_rows()) for m in step.micro_batches)
+        # An answer is due even when nothing is drawn: it says that the later stages are done.
+        answer = Incoming(seat.fabric, last, TAG_TOKENS, 16 * count + 8, self.stage.device).take()
+        words = answer[8:].view(torch.float64).view(count, 2).tolist()
+        out.settle()
+        return [Drawn(int(token), logprob) for token, logprob in words]
+
+
+class LaterStage:
+    """An attention member further down the pipeline: layers without requests of its own.
+
+    Its state follows the first stage's word: a sequence's chunk becomes visible when the next
+    step starts where that chunk ended, and is dropped when the step is run again.
+    """
+
+    def __init__(self, stage: AttentionStage) -> None:
+        self.stage = stage
+        self._open: dict[int, tuple[int, Batch]] = {}
+
+    def serve(self, seat: Seat) -> None:
+        """Run steps until the lead has announced the stop. Raises EpochLost."""
+        announcer = Announcer(seat.fabric, seat.lanes, self.stage.device)
+        while (announced := announcer.exchange(None)) is not None:
+            if any(announced[seat.replica].rows):
+                self._step(seat, announced)
+
+    def _step(self, seat: Seat, announced: dict[int, Announcement]) -> None:
+        fabric, stage, out = seat.fabric, self.stage, Outgoing()
+        before = seat.rank_of_stage(seat.stage_index - 1)
+        step, x = take_over(fabric, before, stage)
+        self._settle(step)
+        batches = [m.batch(stage.cache.block_tokens, stage.device) for m in step.micro_batches]
+        experts = seat.experts(stage, announced)
+        x = stage.forward(batches, x, experts)
+        for micro_batch, batch in zip(step.micro_batches, batches, strict=True):
+            for part in micro_batch.parts:
+                self._open[part.slot] = (part.start + len(part.ids), batch)
+        if stage.head is None:
+            pass_on(fabric, out, step, x, seat.rank_of_stage(seat.stage_index + 1))
+        else:
+            drawn = draw(stage, x, step.micro_batches)
+            words = [float(len(drawn)), *(v for d in drawn for v in (d.token, d.logprob))]
+            message = torch.tensor(words, dtype=torch.float64).view(torch.uint8).to(stage.device)
+            out.send(fabric, message, seat.rank_of_stage(0), TAG_TOKENS, message.numel())
+        experts.settle()
+        out.settle()
+
+    def _settle(self, step: Step) -> None:
+        for micro_batch in step.micro_batches:
+            for part in micro_batch.parts:
+                end, batch = self._open.pop(part.slot, (-1, None))
+                if batch is not None and end == part.start:
+                    batch.commit(part.slot)
+
+
+def pass_on(fabric: Fabric, out: Outgoing, step: Step, x: Seq[Tensor], to: int) -> None:
+    """Send a step and its streams to the next stage."""
+    data = bytearray(step.to_bytes())
+    head = torch.frombuffer(data, dtype=torch.uint8).to(x[0].device)
+    out.send(fabric, head, to, TAG_STAGE, SIZED_BYTES + 1)
+    for x_TCD in x[: len(step.micro_batches)]:
+        message = x_TCD.contiguous().view(torch.uint8).flatten()
+        out.send(fabric, message, to, TAG_STAGE, message.numel())
+
+
+def take_over(fabric: Fabric, src: int, stage: AttentionStage) -> tuple[Step, list[Tensor]]:
+    """Receive what `pass_on` sent."""
+    head = Incoming(fabric, src, TAG_STAGE, SIZED_BYTES + 1, stage.device).take()
+    step = Step.from_bytes(bytes(head.cpu().numpy()))
+    shape = (stage.config.hc_mult, stage.config.hidden_size)
+    x = []
+    for micro_batch in step.micro_batches:
+        size = micro_batch.tokens * shape[0] * shape[1] * stage.dtype.itemsize
+        data = Incoming(fabric, src, TAG_STAGE, size, stage.device).take()
+        x.append(data.view(stage.dtype).view(micro_batch.tokens, *shape))
+    return step, x
+
+
+def _announce(plan: Plan | None) -> Announcement:
+    rows = [m.tokens for m in plan.step.micro_batches] if plan else []
+    a, b, c = (*rows, 0, 0, 0)[:3]
+    return Announcement((a, b, c))
+
+
+def serve_router(router: Router, fabric: Fabric, lanes: Lanes) -> None:
+    """Route until the lead has announced the stop. Raises EpochLost."""
+    announcer = Announcer(fabric, lanes, router.device)
+    while (announced := announcer.exchange(None)) is not None:
+        router.serve_step(fabric, lanes, announced)
+
+
+def serve_shard(shard: ExpertShard, fabric: Fabric, lanes: Lanes) -> None:
+    """Serve rows until the lead has announced the stop. Raises EpochLost."""
+    announcer = Announcer(fabric, lanes, shard.device)
+    while (announced := announcer.exchange(None)) is not None:
+        shard.serve_step(fabric, lanes, announced)

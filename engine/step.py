@@ -1,0 +1,125 @@
+"""One forward pass, frozen: which tokens of which sequences, and what to sample after it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from whalepod.engine.request import Sampling
+from whalepod.model.batch import Batch, Span
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """New tokens of one sequence in a step.
+
+    `draw` holds (settings, position) when the last token's logits give the next token, and is
+    None for a chunk that does not reach the end of the known tokens.
+    """
+
+    slot: int
+    start: int
+    ids: tuple[int, ...]
+    blocks: tuple[int, ...]
+    draw: tuple[Sampling, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Parts that travel together; single tokens first, as `Batch` wants them."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the pass."""
+        return sum(len(part.ids) for part in self.parts)
+
+    def batch(self, block_tokens: int, device: torch.device | str = "cpu") -> Batch:
+        """Lay the parts out as rows."""
+        spans, row = [], 0
+        for part in self.parts:
+            spans.append(Span(part.slot, part.start, row, len(part.ids), part.blocks))
+            row += len(part.ids)
+        ids = [token for part in self.parts for token in part.ids]
+        return Batch.of(ids, spans, block_tokens, device)
+
+    def last_rows(self) -> list[int]:
+        """Row of the last token of every part that draws."""
+        rows, end = [], 0
+        for part in self.parts:
+            end += len(part.ids)
+            if part.draw is not None:
+                rows.append(end - 1)
+        return rows
+
+    def draws(self) -> list[tuple[Sampling, int]]:
+        """Settings and positions, in the order of `last_rows`."""
+        return [part.draw for part in self.parts if part.draw is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass of one attention replica, as one or more micro-batches."""
+
+    micro_batches: tuple[MicroBatch, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Rows over all micro-batches."""
+        return sum(m.tokens for m in self.micro_batches)
+
+    def to_bytes(self) -> bytes:
+        """Encode for the next pipeline stage (JSON; settings by value)."""
+        return json.dumps(
+            [
+                [
+                    [p.slot, p.start, p.ids, p.blocks, None if p.draw is None else _plain(p.draw)]
+                    for p in m.parts
+                ]
+                for m in self.micro_batches
+            ],
+            separators=(",", ":"),
+        ).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Step:
+        """Decode what `to_bytes` made."""
+        return cls(
+            tuple(
+                MicroBatch(
+                    tuple(
+                        Part(slot, start, tuple(ids), tuple(blocks), draw and _settings(draw))
+                        for slot, start, ids, blocks, draw in parts
+                    )
+                )
+                for parts in json.loads(data)
+            )
+        )
+
+
+def _plain(draw: tuple[Sampling, int]) -> list[float | int]:
+    s, position = draw
+    return [s.temperature, s.top_p, s.top_k, s.seed, position]
+
+
+def _settings(draw: Seq[float | int]) -> tuple[Sampling, int]:
+    temperature, top_p, top_k, seed, position = draw
+    return Sampling(temperature, top_p, int(top_k), int(seed)), int(position)
+
+
+def split(parts: Seq[Part], count: int) -> Step:
+    """Spread parts over at most `count` micro-batches of about equal token counts."""
+    count = max(1, min(count, len(parts)))
+    groups: list[list[Part]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for part in sorted(parts, key=lambda p: -len(p.ids)):
+        lightest = loads.index(min(loads))
+        groups[lightest].append(part)
+        loads[lightest] += len(part.ids)
+    return Step(
+        tuple(MicroBatch(tuple(sorted(g, key=lambda p: len(p.ids) > 1))) for g in groups if g)
+    )
