@@ -17,8 +17,12 @@ from whalepod.kernels.registry import Kernel
 _STEP, _SAFE = 4, 16
 
 
-def _needs_padding(x: Tensor, rows: int) -> bool:
-    return rows < _SAFE and rows % _STEP != 0 and x.device.type == "cpu"
+def padded_rows(x: Tensor) -> tuple[Tensor, int]:
+    """Pad the first dim with zeros where CPU BLAS would sum differently; also the true count."""
+    rows = x.shape[0]
+    if rows < _SAFE and rows % _STEP and x.device.type == "cpu":
+        x = F.pad(x, (*(0, 0) * (x.ndim - 1), 0, -rows % _STEP))
+    return x, rows
 
 
 @Kernel
@@ -32,11 +36,8 @@ def linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     Returns:
         `[M, N]` in that dtype. On CPU in fp32 row i is bit-equal for every M and every company.
     """
-    rows = x_MK.shape[0]
-    if _needs_padding(x_MK, rows):
-        x_MK = F.pad(x_MK, (0, 0, 0, -rows % _STEP))
-        return torch.mm(x_MK, weight_NK.t())[:rows]
-    return torch.mm(x_MK, weight_NK.t())
+    x_MK, rows = padded_rows(x_MK)
+    return torch.mm(x_MK, weight_NK.t())[:rows]
 
 
 @Kernel
@@ -50,8 +51,6 @@ def grouped_linear(x_MGK: Tensor, weight_GNK: Tensor) -> Tensor:
     Returns:
         `[M, G * N]`; rows as independent of M as those of `linear`.
     """
-    rows = x_MGK.shape[0]
-    if _needs_padding(x_MGK, rows):
-        x_MGK = F.pad(x_MGK, (0, 0, 0, 0, 0, -rows % _STEP))
+    x_MGK, rows = padded_rows(x_MGK)
     out = torch.bmm(x_MGK.transpose(0, 1), weight_GNK.transpose(1, 2))
     return out.transpose(0, 1)[:rows].flatten(1)

@@ -6,9 +6,13 @@ Legend: B sequences, M queries per sequence, H heads, S entries, D head_dim.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from whalepod.kernels.registry import Kernel
+
+
+_STEP = 32  # entries are padded to whole vectors of any CPU
 
 
 @Kernel
@@ -27,9 +31,13 @@ def sink_attention(q_BMHD: Tensor, kv_BSD: Tensor, visible_BMS: Tensor, sink_H: 
     Source: DeepSeek-V4 inference/kernel.py, sparse_attn.
     """
     b, m, h, d = q_BMHD.shape
-    z = torch.bmm(q_BMHD.reshape(b, m * h, d), kv_BSD.transpose(1, 2)).view(b, m, h, -1)
-    z = (z.float() * d**-0.5).masked_fill_(~visible_BMS.unsqueeze(2), float("-inf"))
-    sink = sink_H.view(1, 1, h, 1).expand(b, m, h, 1)
-    p = torch.softmax(torch.cat([z, sink], dim=-1), dim=-1)[..., :-1]
-    p = p.to(kv_BSD.dtype).reshape(b, m * h, -1)
-    return torch.bmm(p, kv_BSD).view(b, m, h, d)
+    # The sink is an entry of value 0, and it comes first: with the padding at the end, every real
+    # entry keeps its place in the sums however many others a batch makes room for.
+    extra = -(kv_BSD.shape[1] + 1) % _STEP
+    kv = F.pad(kv_BSD, (0, 0, 1, extra))
+    seen = F.pad(visible_BMS, (1, extra))
+    z = torch.bmm(q_BMHD.reshape(b, m * h, d), kv.transpose(1, 2)).view(b, m, h, -1)
+    z = (z.float() * d**-0.5).masked_fill_(~seen.unsqueeze(2), float("-inf"))
+    z[..., 0] = sink_H
+    p = torch.softmax(z, dim=-1).to(kv.dtype).view(b, m * h, -1)
+    return torch.bmm(p, kv).view(b, m, h, d)

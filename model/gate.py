@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from whalepod.kernels.activation import sqrt_softplus
 from whalepod.kernels.linear import linear
 from whalepod.model.shape import ModelConfig
 
@@ -62,7 +61,7 @@ class Gate:
             x_TD: `[T, D]`, the block input after `ffn_norm`.
             token_ids_T: `[T]` int64; read in hash layers. Ids outside the vocabulary are clamped.
         """
-        scores_TE = F.softplus(linear(x_TD.float(), self.weight_ED)).sqrt()
+        scores_TE = sqrt_softplus(linear(x_TD.float(), self.weight_ED))
         if self.table_VK is not None:
             ids = token_ids_T.clamp(0, self.table_VK.shape[0] - 1)
             experts_TK = self.table_VK[ids]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from whalepod.kernels.activation import sigmoid
 from whalepod.kernels.linear import linear
 from whalepod.kernels.sinkhorn import sinkhorn
 from whalepod.model.shape import ModelConfig
@@ -41,15 +42,26 @@ def hc_pre(
         y `[T, D]` in the dtype of `x_TCD`; post `[T, C]` and comb `[T, C, C]` fp32.
     """
     streams = config.hc_mult
+    sizes = torch.tensor([streams, streams, streams * streams], device=scale.device)
+    return _pre(x_TCD, fn, base, scale.repeat_interleave(sizes), config)
+
+
+def _pre(
+    x_TCD: Tensor, fn: Tensor, base: Tensor, scales: Tensor, config: ModelConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`hc_pre` with the three scales already spread over the outputs."""
+    streams = config.hc_mult
     wide_TCD, mixes = _project(x_TCD, fn, config.rms_norm_eps)
-    pre, post, comb = mixes.split([streams, streams, streams * streams], dim=-1)
-    b_pre, b_post, b_comb = base.split([streams, streams, streams * streams])
-    pre = torch.sigmoid(pre * scale[0] + b_pre) + config.hc_eps
-    post = 2 * torch.sigmoid(post * scale[1] + b_post)
-    comb = (comb * scale[2] + b_comb).unflatten(-1, (streams, streams))
-    mixed = sinkhorn(comb, config.hc_sinkhorn_iters, config.hc_eps)
+    mixes = mixes * scales + base
+    gates = sigmoid(mixes[:, : 2 * streams])
+    comb = sinkhorn(
+        mixes[:, 2 * streams :].unflatten(-1, (streams, streams)),
+        config.hc_sinkhorn_iters,
+        config.hc_eps,
+    )
+    pre = gates[:, :streams] + config.hc_eps
     y_TD = torch.bmm(pre.unsqueeze(1), wide_TCD).squeeze(1)
-    return y_TD.to(x_TCD.dtype), post, mixed
+    return y_TD.to(x_TCD.dtype), 2 * gates[:, streams:], comb
 
 
 def hc_post(f_TD: Tensor, x_TCD: Tensor, post_TC: Tensor, comb_TCC: Tensor) -> Tensor:
@@ -67,11 +79,14 @@ class HyperConnection:
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], prefix: str) -> None:
         self.config = config
-        self.fn, self.base, self.scale = (weights[f"{prefix}_{p}"] for p in ("fn", "base", "scale"))
+        self.fn, self.base, scale = (weights[f"{prefix}_{p}"] for p in ("fn", "base", "scale"))
+        streams = config.hc_mult
+        sizes = torch.tensor([streams, streams, streams * streams], device=scale.device)
+        self.scales = scale.repeat_interleave(sizes)
 
     def pre(self, x_TCD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `hc_pre`."""
-        return hc_pre(x_TCD, self.fn, self.base, self.scale, self.config)
+        return _pre(x_TCD, self.fn, self.base, self.scales, self.config)
 
 
 class HyperHead:
@@ -84,5 +99,5 @@ class HyperHead:
     def __call__(self, x_TCD: Tensor) -> Tensor:
         """`[T, C, D]` -> `[T, D]` in the same dtype."""
         wide_TCD, mixes_TC = _project(x_TCD, self.fn, self.config.rms_norm_eps)
-        weight_TC = torch.sigmoid(mixes_TC * self.scale + self.base) + self.config.hc_eps
+        weight_TC = sigmoid(mixes_TC * self.scale + self.base) + self.config.hc_eps
         return torch.bmm(weight_TC.unsqueeze(1), wide_TCD).squeeze(1).to(x_TCD.dtype)
