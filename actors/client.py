@@ -1,0 +1,108 @@
+"""The engine as the ingress sees it over Ray: one streaming call per request, replayed on loss."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from whalepod.actors.controller import find_controller
+from whalepod.engine.request import Request, TokenEvent
+from whalepod.errors import NotReady, Overloaded, RequestError
+
+_STATUS_S = 0.5
+
+
+class RayClient:
+    """An `EngineClient` over the attention pool.
+
+    It keeps what each live request has emitted. When an attention member dies, prompt and emitted
+    tokens go to another one, which continues with the same tokens: sampling depends on nothing
+    else. The caller sees a pause.
+
+    Args:
+        attention: handle of the attention deployment.
+        patience_s: longest wait for a member that takes the request.
+    """
+
+    def __init__(self, attention: DeploymentHandle, patience_s: float) -> None:
+        self._attention = attention.options(stream=True, method_name="generate")
+        self._patience_s = patience_s
+        self._controller: ActorHandle | None = None
+        self._status: tuple[float, str | None] = (0.0, "the controller")
+        self.replays = 0
+
+    async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+        """See `EngineClient.generate`."""
+        emitted = list(request.emitted)
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            again = dataclasses.replace(request, emitted=tuple(emitted))
+            stream = self._attention.remote(again)
+            try:
+                async for item in stream:
+                    if isinstance(item, tuple):
+                        _refuse(*item)
+                    for event in item:
+                        if event.token >= 0:
+                            emitted.append(event.token)
+                        yield event
+                        if event.finish is not None:
+                            return
+                    deadline = time.monotonic() + self._patience_s
+            except (RayError, RayServeException) as error:
+                lost = error
+            else:
+                lost = None
+            finally:
+                stream.cancel()
+            if time.monotonic() > deadline:
+                raise NotReady(
+                    f"no attention member took the request within {self._patience_s} s"
+                ) from lost
+            self.replays += 1
+            await asyncio.sleep(0.05)
+
+    async def ready(self) -> str | None:
+        """See `EngineClient.ready`; asks the controller at most twice a second."""
+        asked, answer = self._status
+        if time.monotonic() - asked > _STATUS_S:
+            answer = await self._ask()
+            self._status = (time.monotonic(), answer)
+        return answer
+
+    async def status(self) -> dict[str, Any]:
+        """The controller's report. Raises NotReady when there is none."""
+        self._controller = self._controller or find_controller()
+        if self._controller is None:
+            raise NotReady("no controller runs yet")
+        try:
+            report: dict[str, Any] = await asyncio.wait_for(self._controller.status.remote(), 5)
+        except (RayError, TimeoutError) as error:
+            self._controller = None
+            raise NotReady(f"the controller does not answer ({type(error).__name__})") from None
+        return report
+
+    async def _ask(self) -> str | None:
+        try:
+            report = await self.status()
+        except NotReady as error:
+            return str(error)
+        if report["ready"]:
+            return None
+        return f"waiting for {report['waiting_for'] or 'the next epoch'}"
+
+
+def _refuse(kind: str, message: str, detail: Any) -> None:
+    if kind == "request":
+        raise RequestError(message, detail)
+    raise Overloaded(message, float(detail))
+
+
