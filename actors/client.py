@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -39,7 +39,7 @@ class RayClient:
         self._status: tuple[float, str | None] = (0.0, "the controller")
         self.replays = 0
 
-    async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """See `EngineClient.generate`."""
         emitted = list(request.emitted)
         deadline = time.monotonic() + self._patience_s

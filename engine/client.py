@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from whalepod.engine.request import Request, TokenEvent
@@ -11,7 +11,7 @@ from whalepod.engine.request import Request, TokenEvent
 class EngineClient(Protocol):
     """Generate tokens for requests; implemented in-process and over Ray."""
 
-    def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+    def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """Yield the request's tokens in order, the last one with `finish` set.
 
         Closing the iterator cancels the request; everything it held is freed within one step.

@@ -91,6 +91,9 @@ class Cluster(Section):
     ready_timeout_s: float = Field(
         default=120.0, gt=0, description="longest wait of a request for a serving epoch"
     )
+    drain_s: float = Field(
+        default=30.0, gt=0, description="how long a leaving member may finish its requests"
+    )
     cpus_per_member: float = Field(default=0.1, ge=0, description="Ray CPUs a member reserves")
     gpus_per_member: float = Field(default=0.0, ge=0, description="Ray GPUs a member reserves")
 
@@ -102,6 +105,9 @@ class Server(Section):
     http_port: int = Field(default=8000, ge=1, le=65535)
     grpc_port: int = Field(default=9000, ge=1, le=65535)
     replicas: int = Field(default=1, ge=1, description="ingress replicas")
+    default_thinking: bool = Field(
+        default=True, description="whether chat thinks when a request does not say"
+    )
     max_body_bytes: int = Field(default=8 << 20, ge=1024, description="largest request body")
 
 
