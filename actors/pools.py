@@ -10,6 +10,7 @@ import ray
 from ray import serve
 from ray.actor import ActorHandle
 
+from whalepod.actors.ports import bind_to_own_address
 from whalepod.actors.shell import Shell
 from whalepod.cluster.topology import Pool
 from whalepod.config import Config
@@ -30,6 +31,7 @@ class MemberReplica:
     pool: Pool = "experts"
 
     def __init__(self, config: dict[str, Any]) -> None:
+        bind_to_own_address()
         self.shell = Shell(Config.from_dict(config), self.pool, replica_name(self.pool))
 
     def check_health(self) -> None:
@@ -74,6 +76,7 @@ class AttentionReplica:
     """An attention replica: takes requests, streams their tokens."""
 
     def __init__(self, config: dict[str, Any]) -> None:
+        bind_to_own_address()
         parsed = Config.from_dict(config)
         self._loop = asyncio.get_running_loop() if _has_loop() else None
         self._queues: dict[str, asyncio.Queue[TokenEvent]] = {}

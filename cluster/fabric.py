@@ -9,6 +9,7 @@ closes its fabric, which wakes whoever waits for it in turn.
 from __future__ import annotations
 
 import datetime
+import socket
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -182,8 +183,13 @@ class Rendezvous:
     """The store where ranks of an epoch find each other; lives with whoever makes epochs."""
 
     def __init__(self, host: str) -> None:
-        self._store = TCPStore(host, 0, None, True, wait_for_workers=False)
-        self.address = (host, int(self._store.port))
+        # The store's own listener would take every interface; it accepts one that is bound already.
+        listener = socket.create_server((host, 0), backlog=1024)
+        port = int(listener.getsockname()[1])
+        self._store = TCPStore(
+            host, port, None, True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        self.address = (host, port)
 
 
 def connect(

@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from whalepod.actors.client import RayClient
 from whalepod.actors.pools import AttentionReplica, ExpertsReplica, RouterReplica
+from whalepod.actors.ports import bind_to_own_address
 from whalepod.config import Config
 from whalepod.engine.member import context_limit
 from whalepod.ingress.grpc import GrpcServer
@@ -36,6 +37,7 @@ class Ingress:
 
     def __init__(self, config: dict[str, Any], attention: DeploymentHandle, *pools: Any) -> None:
         del pools  # named only so that they belong to the application
+        bind_to_own_address()
         self._config = Config.from_dict(config)
         model = ModelConfig.from_file(Path(self._config.model.path) / "config.json")
         self._client = RayClient(attention, self._config.cluster.ready_timeout_s)
