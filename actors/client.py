@@ -104,5 +104,3 @@ def _refuse(kind: str, message: str, detail: Any) -> None:
     if kind == "request":
         raise RequestError(message, detail)
     raise Overloaded(message, float(detail))
-
-

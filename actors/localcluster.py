@@ -78,8 +78,7 @@ def start(http: str, grpc: str, dashboard_port: int = 0) -> LocalCluster:
     """
     if (found := running()) is not None:
         raise LocalClusterError(
-            f"a cluster is already running (pid {found.pid}, {found.http}); "
-            "`whalepod down` ends it"
+            f"a cluster is already running (pid {found.pid}, {found.http}); `whalepod down` ends it"
         )
     folder = state_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -160,7 +160,10 @@ def _start_stage(
     parsed: Config, config: dict[str, Any], name: str, stage: int, replica: str
 ) -> ActorHandle:
     actor = ray.remote(StageActor)
-    options = {"num_cpus": parsed.cluster.cpus_per_member, "num_gpus": parsed.cluster.gpus_per_member}
+    options = {
+        "num_cpus": parsed.cluster.cpus_per_member,
+        "num_gpus": parsed.cluster.gpus_per_member,
+    }
     handle: ActorHandle = actor.options(max_concurrency=100, **options).remote(
         config, name, stage, replica
     )

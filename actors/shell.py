@@ -93,9 +93,7 @@ class Shell:
 
     def _join(self) -> None:
         epoch = self._epoch.to_dict() if self._epoch is not None else None
-        call = self._controller.join.remote(
-            self._info, [self._handle], self.config.digest, epoch
-        )
+        call = self._controller.join.remote(self._info, [self._handle], self.config.digest, epoch)
         ray.get(call, timeout=60)
 
     def _follow(self) -> None:
@@ -186,8 +184,6 @@ class Shell:
     def _report(self, error: EpochLost) -> None:
         log.warning("%s: %s", self.name, error)
         self._controller.report_lost.remote(self.name, error.epoch, str(error))
-
-
 
 
 def _stage_layers(config: Config, source: Source, stage: int) -> range:

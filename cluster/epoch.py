@@ -76,7 +76,9 @@ class Epoch:
         for seat in self.members:
             if seat.name == name:
                 return seat
-        raise ConfigError(f"{name} has no seat in epoch {self.id}; members: {', '.join(self.names)}")
+        raise ConfigError(
+            f"{name} has no seat in epoch {self.id}; members: {', '.join(self.names)}"
+        )
 
     def rank_of(self, name: str) -> int:
         """The rank of a member."""

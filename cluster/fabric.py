@@ -20,7 +20,15 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from whalepod.cluster.local_fabric import LocalFabric, local_fabrics
 from whalepod.errors import ConfigError, EpochLost
 
-__all__ = ["Fabric", "LocalFabric", "Rendezvous", "TorchFabric", "Work", "exchange", "local_fabrics"]
+__all__ = [
+    "Fabric",
+    "LocalFabric",
+    "Rendezvous",
+    "TorchFabric",
+    "Work",
+    "exchange",
+    "local_fabrics",
+]
 
 
 class Work(Protocol):
@@ -110,7 +118,7 @@ class _TorchWork:
         if self._work is None:
             return
         try:
-            self._work.wait()  # type: ignore[attr-defined]
+            self._work.wait()
         except RuntimeError as error:
             self._work = None
             raise self._fabric.lost(self._peer, error) from None
@@ -161,7 +169,7 @@ class TorchFabric:
         """Drop the group; its sockets close with the last reference."""
         group, self._group = self._group, None
         if group is not None and self.kind == "nccl":
-            group.abort()  # type: ignore[attr-defined]
+            group.abort()
 
     def lost(self, peer: int, error: Exception) -> EpochLost:
         """Close, and say whose silence it was."""

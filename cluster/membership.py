@@ -317,7 +317,9 @@ class Membership:
             record.order = Order(self._seq, phase, plain)
             record.changed.set()
 
-    async def _all(self, epoch: Epoch, what: Literal["prepared", "entered"], limit_s: float) -> bool:
+    async def _all(
+        self, epoch: Epoch, what: Literal["prepared", "entered"], limit_s: float
+    ) -> bool:
         """Wait until all seats have reported; False when one is gone or the epoch is lost."""
         end = time.monotonic() + limit_s
         while True:
@@ -359,9 +361,7 @@ class Membership:
         )
 
     def _note(self, event: str, epoch: int, detail: str) -> None:
-        self.history.append(
-            {"time": time.time(), "event": event, "epoch": epoch, "detail": detail}
-        )
+        self.history.append({"time": time.time(), "event": event, "epoch": epoch, "detail": detail})
         del self.history[:-100]
 
 

@@ -121,9 +121,7 @@ class Placement:
         tables = [
             tuple(tuple(ShardIndex(s) for s in at) for at in table) for table in data["tables"]
         ]
-        return cls(
-            tuple(data["shards"]), tuple(tables[i] for i in data["layers"]), data["version"]
-        )
+        return cls(tuple(data["shards"]), tuple(tables[i] for i in data["layers"]), data["version"])
 
 
 def _rebalance(

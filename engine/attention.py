@@ -5,7 +5,8 @@ Legend: T rows, C residual streams, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence as Seq
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor

@@ -73,9 +73,7 @@ class ExpertShard:
             for expert in [e for e in held if e not in keep]:
                 del held[expert]
 
-    def serve_step(
-        self, fabric: Fabric, lanes: Lanes, announced: dict[int, Announcement]
-    ) -> None:
+    def serve_step(self, fabric: Fabric, lanes: Lanes, announced: dict[int, Announcement]) -> None:
         """Serve every pass of one step, as a member of its own."""
         out = Outgoing()
         passes = list(lanes.passes(announced))
@@ -87,9 +85,7 @@ class ExpertShard:
             self.serve_pass(fabric, lanes, place, rows, current, out)
         out.settle()
 
-    def ask(
-        self, fabric: Fabric, lanes: Lanes, place: Place, rows: list[int]
-    ) -> list[Incoming]:
+    def ask(self, fabric: Fabric, lanes: Lanes, place: Place, rows: list[int]) -> list[Incoming]:
         """Ask every dispatcher that has rows in this pass for its message."""
         return [
             Incoming(fabric, rank, TAG_SHARD, self._in.bytes_of(count), self.device)

@@ -85,7 +85,10 @@ class RemoteExperts:
         self._announced, self._replica = announced, replica
         self._router, self._shard, self._device = router, shard, torch.device(device)
         self._out = Outgoing()
-        self._leg1, self._leg3 = to_router(config.hidden_size, dtype), to_home(config.hidden_size, dtype)
+        self._leg1, self._leg3 = (
+            to_router(config.hidden_size, dtype),
+            to_home(config.hidden_size, dtype),
+        )
         self._waiting: dict[tuple[int, int], tuple[int, list[Incoming]]] = {}
         self._serving: dict[tuple[int, int], list[Incoming]] = {}
 
@@ -107,9 +110,7 @@ class RemoteExperts:
         self._waiting[key] = (count, asked)
         if self._router is not None:
             homes = [(self._fabric.rank, count)]
-            self._router.dispatch(
-                self._fabric, self._lanes, place, self._out, x_TD, ids_T, homes
-            )
+            self._router.dispatch(self._fabric, self._lanes, place, self._out, x_TD, ids_T, homes)
         else:
             message = self._leg1.pack(place, ids_T.unsqueeze(1), x_TD)
             to = self._lanes.dispatcher(layer, self._replica)

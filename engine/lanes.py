@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from whalepod.cluster.epoch import Epoch
 from whalepod.engine.legs import Place
@@ -42,7 +43,7 @@ class Lanes:
         bounds = [num_layers * s // stages for s in range(stages + 1)]
         return cls(
             epoch.id,
-            tuple(range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)),
+            tuple(range(a, b) for a, b in pairwise(bounds)),
             tuple(tuple(epoch.attention_ranks(s)) for s in range(stages)),
             tuple(epoch.router_ranks) if epoch.router == "own" else (),
             tuple(epoch.rank_of(name) for name in epoch.placement.shards),

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+
+import torch
 
 from whalepod.cluster.epoch import Epoch
-from whalepod.cluster.fabric import local_fabrics
+from whalepod.cluster.fabric import LocalFabric, local_fabrics
 from whalepod.cluster.placement import Placement
 from whalepod.cluster.topology import seats_for
 from whalepod.config import Config
@@ -125,17 +128,18 @@ class ThreadedEngine:
         for fabric in self.fabrics:
             fabric.close()
 
-    def _serve(self, member: Member, fabric: object) -> None:
+    def _serve(self, member: Member, fabric: LocalFabric) -> None:
         try:
-            member.serve(self.epoch, fabric, self._stop)  # type: ignore[arg-type]
+            with torch.inference_mode():
+                member.serve(self.epoch, fabric, self._stop)
         except EpochLost as error:
             self.events.put(error)
-        except Exception as error:  # noqa: BLE001 - a thread's failure must reach the caller
+        except Exception as error:
             failure = WhalepodError(f"member {member.name} failed: {error!r}")
             failure.__cause__ = error
             self.events.put(failure)
         finally:
-            fabric.close()  # type: ignore[attr-defined]
+            fabric.close()
 
 
 def open_engine(config: Config, source: Source) -> SingleEngine | ThreadedEngine:

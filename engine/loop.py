@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from whalepod.engine.request import Request, Sequence, TokenEvent
 from whalepod.engine.sampler import Drawn
@@ -73,9 +74,7 @@ class EngineLoop:
         """Raise RequestError or Overloaded if this request cannot be taken."""
         total = len(request.prompt_ids) + request.max_tokens
         if total > self.max_context or not self.scheduler.fits(total):
-            room = min(
-                self.max_context, self.scheduler.blocks.size * self.scheduler.block_tokens
-            )
+            room = min(self.max_context, self.scheduler.blocks.size * self.scheduler.block_tokens)
             raise RequestError(
                 f"{len(request.prompt_ids)} prompt tokens + max_tokens {request.max_tokens} "
                 f"= {total} exceed the context of {room}; shorten one of them",
@@ -143,7 +142,5 @@ class EngineLoop:
         self.scheduler.drop(sequence)
 
 
-def _end(sequence: Sequence, finish: str, reason: str | None) -> TokenEvent:
-    assert finish in ("abort", "error")
-    kind = "abort" if finish == "abort" else "error"
-    return TokenEvent(sequence.request.id, sequence.generated, -1, 0.0, kind, reason)
+def _end(sequence: Sequence, finish: Literal["abort", "error"], reason: str | None) -> TokenEvent:
+    return TokenEvent(sequence.request.id, sequence.generated, -1, 0.0, finish, reason)

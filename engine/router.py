@@ -55,9 +55,7 @@ class Router:
             layer: [list(placement.shards_of(layer, e)) for e in experts] for layer in layers
         }
 
-    def serve_step(
-        self, fabric: Fabric, lanes: Lanes, announced: dict[int, Announcement]
-    ) -> None:
+    def serve_step(self, fabric: Fabric, lanes: Lanes, announced: dict[int, Announcement]) -> None:
         """Route every pass of one step, as a member of its own."""
         out, form = Outgoing(), to_router(self.config.hidden_size, self.dtype)
         asked = None

@@ -95,9 +95,7 @@ class Scheduler:
         planned.append((sequence, part))
         return count
 
-    def _grow(
-        self, sequence: Sequence, tokens: int, planned: list[tuple[Sequence, Part]]
-    ) -> bool:
+    def _grow(self, sequence: Sequence, tokens: int, planned: list[tuple[Sequence, Part]]) -> bool:
         """Give a sequence blocks for `tokens`, from younger ones if need be."""
         wanted = -(-tokens // self.block_tokens) - len(sequence.blocks)
         while wanted > self.blocks.free:

@@ -68,9 +68,7 @@ class Seat:
         """The rank of this replica's given stage."""
         return self.lanes.homes[stage][self.replica]
 
-    def experts(
-        self, stage: AttentionStage, announced: dict[int, Announcement]
-    ) -> RemoteExperts:
+    def experts(self, stage: AttentionStage, announced: dict[int, Announcement]) -> RemoteExperts:
         """The experts of one step."""
         return RemoteExperts(
             stage.config,
@@ -87,9 +85,7 @@ class Seat:
 
 def _pad(items: list[Batch], announced: dict[int, Announcement]) -> list[Batch | None]:
     """As many micro-batches as the busiest replica has."""
-    most = max(
-        (m + 1 for a in announced.values() for m in range(3) if a.rows[m]), default=0
-    )
+    most = max((m + 1 for a in announced.values() for m in range(3) if a.rows[m]), default=0)
     return [*items, *([None] * (most - len(items)))]
 
 

@@ -93,9 +93,7 @@ class EngineEnded(Exception):
     """The engine ended a request with an error."""
 
 
-async def _guarded(
-    responses: AsyncGenerator[Any, None], context: Any
-) -> AsyncGenerator[Any, None]:
+async def _guarded(responses: AsyncGenerator[Any, None], context: Any) -> AsyncGenerator[Any, None]:
     """Turn our errors into status codes; INTERNAL never carries a traceback."""
     try:
         async for response in responses:

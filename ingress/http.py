@@ -194,7 +194,9 @@ async def _json(request: Request) -> Any:
     try:
         return json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
-        raise RequestError(f"the body is no UTF-8 (byte {error.start}); encode it as UTF-8") from None
+        raise RequestError(
+            f"the body is no UTF-8 (byte {error.start}); encode it as UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
         raise RequestError(f"the body is no JSON: {error}") from None
     except RecursionError:

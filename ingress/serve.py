@@ -85,7 +85,10 @@ def _pool(kind: type, name: str, replicas: int, config: Config, **options: Any) 
         kind,
         name=name,
         num_replicas=replicas,
-        ray_actor_options={"num_cpus": cluster.cpus_per_member, "num_gpus": cluster.gpus_per_member},
+        ray_actor_options={
+            "num_cpus": cluster.cpus_per_member,
+            "num_gpus": cluster.gpus_per_member,
+        },
         health_check_period_s=1,
         health_check_timeout_s=10,
         graceful_shutdown_wait_loop_s=0.2,

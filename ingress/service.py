@@ -216,8 +216,7 @@ class Service:
     def _need_tokenizer(self, param: str) -> Tokenizer:
         if self.tokenizer is None:
             raise RequestError(
-                "this checkpoint has no tokenizer; send the prompt as token ids to "
-                "/v1/completions",
+                "this checkpoint has no tokenizer; send the prompt as token ids to /v1/completions",
                 param,
             )
         return self.tokenizer

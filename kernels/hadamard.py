@@ -20,7 +20,8 @@ def matrix(size: int) -> Tensor:
     out = torch.ones(1, 1)
     while out.shape[0] < size:
         out = torch.cat([torch.cat([out, out], 1), torch.cat([out, -out], 1)], 0)
-    return out * size**-0.5
+    scaled: Tensor = out * size**-0.5
+    return scaled
 
 
 @Kernel

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from whalepod.kernels.registry import Kernel
 
-
-_STEP = 32  # entries are padded to whole vectors of any CPU
+# Entries are padded to whole blocks, and the weighted sum runs block by block: a matrix product
+# splits its inner dimension by its length, which would make a token's bits depend on its company.
+_BLOCK = 160
 
 
 @Kernel
@@ -33,11 +34,15 @@ def sink_attention(q_BMHD: Tensor, kv_BSD: Tensor, visible_BMS: Tensor, sink_H: 
     b, m, h, d = q_BMHD.shape
     # The sink is an entry of value 0, and it comes first: with the padding at the end, every real
     # entry keeps its place in the sums however many others a batch makes room for.
-    extra = -(kv_BSD.shape[1] + 1) % _STEP
+    extra = -(kv_BSD.shape[1] + 1) % _BLOCK
     kv = F.pad(kv_BSD, (0, 0, 1, extra))
     seen = F.pad(visible_BMS, (1, extra))
     z = torch.bmm(q_BMHD.reshape(b, m * h, d), kv.transpose(1, 2)).view(b, m, h, -1)
     z = (z.float() * d**-0.5).masked_fill_(~seen.unsqueeze(2), float("-inf"))
     z[..., 0] = sink_H
     p = torch.softmax(z, dim=-1).to(kv.dtype).view(b, m * h, -1)
-    return torch.bmm(p, kv).view(b, m, h, d)
+    out = torch.bmm(p[..., :_BLOCK], kv[:, :_BLOCK])
+    for first in range(_BLOCK, kv.shape[1], _BLOCK):
+        block = slice(first, first + _BLOCK)
+        out = torch.baddbmm(out, p[..., block], kv[:, block])
+    return out.view(b, m, h, d)

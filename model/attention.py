@@ -43,7 +43,11 @@ class Attention:
         self.config, self.freqs, self.fidelity, self.dtype = config, freqs, fidelity, dtype
         self.ratio, self.kind = config.ratio(layer), config.kind(layer)
         w = {n.removeprefix(f"{prefix}."): t for n, t in weights.items() if n.startswith(prefix)}
-        self.q_norm, self.kv_norm, self.sink_H = w["q_norm.weight"], w["kv_norm.weight"], w["attn_sink"]
+        self.q_norm, self.kv_norm, self.sink_H = (
+            w["q_norm.weight"],
+            w["kv_norm.weight"],
+            w["attn_sink"],
+        )
         self.wo_a = w["wo_a.weight"].unflatten(0, (config.o_groups, config.o_lora_rank))
         self.wo_b = w["wo_b.weight"]
         # Matrices with the same input are one product.

@@ -1,5 +1,6 @@
-"""One forward pass as the attention layers see it: which rows belong to which sequence, and where
-their state lies.
+"""One forward pass as the attention layers see it.
+
+Which rows belong to which sequence, and where the state of each lies.
 
 Legend: T tokens of the pass, D decoding sequences (one token each, the first D rows), B blocks of
 a sequence's table, E compressed entries, W window, P rotated pairs.
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 
 from whalepod.model.rope import turns
-
 
 Write = tuple[Tensor, Tensor, Tensor]
 

@@ -49,14 +49,9 @@ class Block:
         self.hc_ffn = HyperConnection(config, weights, f"{prefix}.hc_ffn")
         self.attn_norm = weights[f"{prefix}.attn_norm.weight"]
         self.ffn_norm = weights[f"{prefix}.ffn_norm.weight"]
-        self.attention = Attention(
-            config, layer, weights, f"{prefix}.attn", freqs, dtype, fidelity
-        )
-        shared = f"{prefix}.ffn.shared_experts"
-        self.shared = Expert(
-            *(weights[f"{shared}.{w}.weight"] for w in ("w1", "w2", "w3")),
-            config.swiglu_limit,
-            fidelity,
+        self.attention = Attention(config, layer, weights, f"{prefix}.attn", freqs, dtype, fidelity)
+        self.shared = Expert.of(
+            weights, f"{prefix}.ffn.shared_experts", config.swiglu_limit, fidelity
         )
 
     def before(self, x_TCD: Tensor, batch: Batch, cache: LayerCache) -> Half:

@@ -75,7 +75,11 @@ class Cache:
     def _layer(self, layer: int) -> LayerCache:
         config, kind = self.config, self.config.kind(layer)
         window = torch.zeros(
-            self.slots, config.sliding_window, config.head_dim, dtype=self._dtype, device=self._device
+            self.slots,
+            config.sliding_window,
+            config.head_dim,
+            dtype=self._dtype,
+            device=self._device,
         )
         if kind == "swa":
             return LayerCache(window)

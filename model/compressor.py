@@ -43,7 +43,9 @@ class Compressor:
         self.coff = 2 if self.overlap else 1
         self.eps, self.freqs, self.dtype = config.rms_norm_eps, freqs, dtype
         self.finish = finish
-        self.weight = torch.cat([weights[f"{prefix}.wkv.weight"], weights[f"{prefix}.wgate.weight"]])
+        self.weight = torch.cat(
+            [weights[f"{prefix}.wkv.weight"], weights[f"{prefix}.wgate.weight"]]
+        )
         self.ape_JC = weights[f"{prefix}.ape"]
         self.norm_D = weights[f"{prefix}.norm.weight"]
 

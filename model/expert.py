@@ -5,6 +5,8 @@ Legend: M rows, D hidden width, I intermediate width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,17 @@ class Expert:
         limit: `swiglu_limit` of the model.
     """
 
-    def __init__(self, w1: Tensor, w2: Tensor, w3: Tensor, limit: float, fidelity: Fidelity) -> None:
+    @classmethod
+    def of(
+        cls, weights: Mapping[str, Tensor], prefix: str, limit: float, fidelity: Fidelity
+    ) -> Expert:
+        """Take `{prefix}.w1/w2/w3.weight` from `weights`."""
+        w1, w2, w3 = (weights[f"{prefix}.{w}.weight"] for w in ("w1", "w2", "w3"))
+        return cls(w1, w2, w3, limit, fidelity)
+
+    def __init__(
+        self, w1: Tensor, w2: Tensor, w3: Tensor, limit: float, fidelity: Fidelity
+    ) -> None:
         self.w13, self.w2 = torch.cat([w1, w3]), w2
         self.limit, self.fidelity = limit, fidelity
 

@@ -39,7 +39,9 @@ class Gate:
         assert (tid2eid is not None) == config.is_hash(layer)
 
     @classmethod
-    def of(cls, config: ModelConfig, layer: int, weights: Mapping[str, Tensor], prefix: str) -> Gate:
+    def of(
+        cls, config: ModelConfig, layer: int, weights: Mapping[str, Tensor], prefix: str
+    ) -> Gate:
         """Take `{prefix}.ffn.gate.*` from `weights`."""
         name = f"{prefix}.ffn.gate"
         hashed = config.is_hash(layer)

@@ -62,7 +62,9 @@ def read_header(path: Path) -> dict[str, Entry]:
             f"{path} does not exist, but {INDEX} names it; download the missing shard"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: its header is not JSON ({error}); download it again") from None
+        raise CheckpointError(
+            f"{path}: its header is not JSON ({error}); download it again"
+        ) from None
     raw.pop("__metadata__", None)
     return {name: _entry(path, name, item, 8 + length, size) for name, item in raw.items()}
 

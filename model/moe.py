@@ -39,5 +39,7 @@ def mixture(x_TD: Tensor, routes: Routes, table: Mapping[int, Expert]) -> Tensor
     """Run every token through its experts and add up, `[T, D]` fp32."""
     tokens, k = routes.experts_TK.shape
     flat = x_TD.repeat_interleave(k, dim=0)
-    parts = run_experts(flat, routes.experts_TK.flatten().tolist(), routes.weights_TK.flatten(), table)
+    parts = run_experts(
+        flat, routes.experts_TK.flatten().tolist(), routes.weights_TK.flatten(), table
+    )
     return combine(parts.view(tokens, k, -1))

@@ -36,7 +36,11 @@ class MTP:
         dtype: torch.dtype,
         fidelity: Fidelity,
     ) -> None:
-        self.layer, self.eps, self.fidelity = config.num_hidden_layers, config.rms_norm_eps, fidelity
+        self.layer, self.eps, self.fidelity = (
+            config.num_hidden_layers,
+            config.rms_norm_eps,
+            fidelity,
+        )
         self.block = Block(config, self.layer, weights, self.prefix, freqs, dtype, fidelity)
         self.head = HyperHead(config, weights, f"{self.prefix}.hc_head")
         self.e_proj = weights[f"{self.prefix}.e_proj.weight"]

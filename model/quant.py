@@ -28,7 +28,8 @@ def decode_e8m0(scale: Tensor) -> Tensor:
     if bool((codes == 255).any()):
         raise ValueError("an E8M0 scale is NaN (byte 255)")
     bits = codes.to(torch.int32) << 23
-    return bits.masked_fill(codes == 0, 1 << 22).view(torch.float32)  # byte 0 is subnormal
+    value: Tensor = bits.masked_fill(codes == 0, 1 << 22).view(torch.float32)  # 0 is subnormal
+    return value
 
 
 def decode_fp8(weight_NK: Tensor, scale: Tensor) -> Tensor:
@@ -48,14 +49,16 @@ def decode_fp4(packed: Tensor, scale: Tensor) -> Tensor:
     values = torch.tensor([*_FP4_VALUES, *(-v for v in _FP4_VALUES)], device=packed.device)
     both = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).long()
     groups = values[both].unflatten(1, (-1, FP4_GROUP))
-    return (groups * decode_e8m0(scale).unsqueeze(-1)).flatten(1)
+    value: Tensor = (groups * decode_e8m0(scale).unsqueeze(-1)).flatten(1)
+    return value
 
 
 def power_of_two_above(x: Tensor) -> Tensor:
     """Smallest power of two that is at least `x` (> 0), fp32, from the bits: exact powers stay."""
     bits = x.float().contiguous().view(torch.int32)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
-    return (exponent << 23).view(torch.float32)
+    found: Tensor = (exponent << 23).view(torch.float32)
+    return found
 
 
 def encode_e8m0(scale: Tensor) -> Tensor:
@@ -107,7 +110,8 @@ def fake_fp8(x: Tensor, block: int) -> Tensor:
     amax = groups.abs().amax(-1, keepdim=True).clamp_min(1e-4)
     scale = power_of_two_above(amax * (1.0 / FP8_MAX))
     codes = (groups / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return (codes.float() * scale).flatten(-2)[..., :size].to(x.dtype)
+    rounded: Tensor = (codes.float() * scale).flatten(-2)[..., :size].to(x.dtype)
+    return rounded
 
 
 def fake_fp4(x: Tensor, block: int = FP4_GROUP) -> Tensor:

@@ -210,7 +210,8 @@ def _random(spec: TensorSpec, config: ModelConfig, generator: torch.Generator) -
         return noise
     # A sharper head makes greedy choices clear-cut, as a trained model's are.
     gain = 4.0 if name == "head.weight" else 1.0
-    return gain * noise * shape[-1] ** -0.5
+    value: Tensor = gain * noise * shape[-1] ** -0.5
+    return value
 
 
 def _write_json(path: Path, value: object) -> None:

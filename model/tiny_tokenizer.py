@@ -59,8 +59,8 @@ def train(texts: list[str], vocab_size: int) -> Tokenizer:
     Ids that the texts do not suffice for become reserved tokens.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizer()  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizer()
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(PROTOCOL),
         special_tokens=[BOS, EOS, PAD],

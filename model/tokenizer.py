@@ -14,8 +14,10 @@ _REPLACEMENT = "\ufffd"
 
 
 class Tokenizer:
-    """The checkpoint's `tokenizer.json`, in two forms: one that knows the control tokens and one
-    that does not, so that `<｜User｜>` typed by a user is encoded as ordinary text.
+    """The checkpoint's `tokenizer.json`, in two forms.
+
+    One knows the control tokens and one does not, so that `<｜User｜>` typed by a user is encoded
+    as ordinary text.
     """
 
     def __init__(self, data: str) -> None:

@@ -41,11 +41,7 @@ def expert_table(
 ) -> dict[int, Expert]:
     """All routed experts of one layer, by id."""
     return {
-        e: Expert(
-            *(weights[f"{prefix}.ffn.experts.{e}.{w}.weight"] for w in ("w1", "w2", "w3")),
-            config.swiglu_limit,
-            fidelity,
-        )
+        e: Expert.of(weights, f"{prefix}.ffn.experts.{e}", config.swiglu_limit, fidelity)
         for e in range(config.n_routed_experts)
     }
 
@@ -127,7 +123,9 @@ class WholeModel:
         state = self.new_state(len(ids))
         batch = self._batch([state], [ids])
         x_TCD = self._streams(batch)
-        after = Batch.of(ids[1:], [Span(state.slot, 0, 0, len(ids) - 1, state.blocks)], batch.block_tokens)
+        after = Batch.of(
+            ids[1:], [Span(state.slot, 0, 0, len(ids) - 1, state.blocks)], batch.block_tokens
+        )
         z_TCD = self.mtp.join(x_TCD[:-1], self.embedding[after.ids_T])
         z_TCD = self._layer(self.mtp.block, z_TCD, after)
         self.release(state)

@@ -74,7 +74,9 @@ class Engine(Section):
     max_queue: int = Field(default=1024, ge=1, description="requests that may wait per member")
     max_step_tokens: int = Field(default=512, ge=1, description="tokens in one forward pass")
     max_context: int | None = Field(
-        default=None, ge=2, description="prompt + output tokens; default: the model's, at most 65536"
+        default=None,
+        ge=2,
+        description="prompt + output tokens; default: the model's, at most 65536",
     )
     kv_tokens: int = Field(
         default=131072, ge=128, description="tokens of compressed KV over all requests of a member"
@@ -123,7 +125,9 @@ class Config(Section):
     @property
     def digest(self) -> str:
         """Hash of everything members must agree on; part of every epoch."""
-        shared = self.model_dump_json(exclude={"server": True, "topology": {"attention", "experts"}})
+        shared = self.model_dump_json(
+            exclude={"server": True, "topology": {"attention", "experts"}}
+        )
         return hashlib.sha256(shared.encode()).hexdigest()[:16]
 
     @classmethod
