@@ -76,4 +76,6 @@ class Indexer:
             q_THI[:n].unsqueeze(1), gate_TH[:n].unsqueeze(1), state.entries[rows]
         ).squeeze(1)
         best = scores.masked_fill_(~seen, float("-inf")).topk(self.topk, dim=-1).indices
+        # In order of position, real ones first: as where a shorter batch has no need to choose.
+        best = best.sort(dim=-1).values
         return rows.gather(1, best), seen.gather(1, best)
