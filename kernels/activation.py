@@ -15,7 +15,8 @@ from whalepod.kernels.registry import Kernel
 _VECTOR = 32
 
 
-def _whole_vectors(x_MN: Tensor) -> Tensor:
+def whole_vectors(x_MN: Tensor) -> Tensor:
+    """Pad the rows of `[M, N]` so that no element is computed apart from the vectors."""
     if x_MN.numel() % _VECTOR and x_MN.device.type == "cpu":
         rows = _VECTOR // math.gcd(_VECTOR, x_MN.shape[1])
         x_MN = F.pad(x_MN, (0, 0, 0, -x_MN.shape[0] % rows))
@@ -25,10 +26,10 @@ def _whole_vectors(x_MN: Tensor) -> Tensor:
 @Kernel
 def sigmoid(x_MN: Tensor) -> Tensor:
     """Logistic function of `[M, N]` fp32."""
-    return torch.sigmoid(_whole_vectors(x_MN))[: x_MN.shape[0]]
+    return torch.sigmoid(whole_vectors(x_MN))[: x_MN.shape[0]]
 
 
 @Kernel
 def sqrt_softplus(x_MN: Tensor) -> Tensor:
     """`sqrt(log(1 + exp(x)))` of `[M, N]` fp32 (beta 1, linear above 20): the router's scores."""
-    return F.softplus(_whole_vectors(x_MN))[: x_MN.shape[0]].sqrt()
+    return F.softplus(whole_vectors(x_MN))[: x_MN.shape[0]].sqrt()

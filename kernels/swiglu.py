@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from whalepod.kernels.activation import whole_vectors
 from whalepod.kernels.registry import Kernel
 
 
@@ -23,7 +24,8 @@ def swiglu(gate_up: Tensor, limit: float, weight_M: Tensor | None = None) -> Ten
     Source: DeepSeek-V4 inference/model.py, Expert (the clamp also holds for the shared expert).
     """
     gate, up = gate_up.float().chunk(2, dim=-1)
-    out = F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+    gate = F.silu(whole_vectors(gate.clamp(max=limit)))[: gate.shape[0]]
+    out = gate * up.clamp(-limit, limit)
     if weight_M is not None:
         out = out * weight_M.unsqueeze(-1)
     return out.to(gate_up.dtype)
