@@ -14,6 +14,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from whalepod.actors.controller import find_controller
+from whalepod.config import Config
 from whalepod.engine.request import Request, TokenEvent
 from whalepod.errors import NotReady, Overloaded, RequestError
 
@@ -29,12 +30,12 @@ class RayClient:
 
     Args:
         attention: handle of the attention deployment.
-        patience_s: longest wait for a member that takes the request.
+        config: names the controller, and says how long a request may wait for a member.
     """
 
-    def __init__(self, attention: DeploymentHandle, patience_s: float) -> None:
+    def __init__(self, attention: DeploymentHandle, config: Config) -> None:
         self._attention = attention.options(stream=True, method_name="generate")
-        self._patience_s = patience_s
+        self._config, self._patience_s = config, config.cluster.ready_timeout_s
         self._controller: ActorHandle | None = None
         self._status: tuple[float, str | None] = (0.0, "the controller")
         self.replays = 0
@@ -80,7 +81,7 @@ class RayClient:
 
     async def status(self) -> dict[str, Any]:
         """The controller's report. Raises NotReady when there is none."""
-        self._controller = self._controller or find_controller()
+        self._controller = self._controller or find_controller(self._config)
         if self._controller is None:
             raise NotReady("no controller runs yet")
         try:

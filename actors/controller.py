@@ -14,13 +14,19 @@ from ray.actor import ActorHandle
 
 from whalepod.cluster.epoch import Epoch
 from whalepod.cluster.fabric import Rendezvous
-from whalepod.cluster.membership import Membership, Order
+from whalepod.cluster.membership import Membership
+from whalepod.cluster.report import Order
 from whalepod.cluster.topology import MemberInfo
 from whalepod.config import Config
 from whalepod.model.shape import ModelConfig
 
-NAMESPACE, NAME = "whalepod", "controller"
-PROBE_S = 1.5
+NAMESPACE = "whalepod"
+PROBE_S, EMPTY_S = 1.5, 60.0
+
+
+def controller_name(config: Config) -> str:
+    """One controller per configuration, so that a changed one is rolled out beside the old."""
+    return f"controller-{config.digest}"
 
 
 async def alive(handle: ActorHandle) -> bool:
@@ -59,8 +65,17 @@ class Controller:
             self._tasks = [
                 asyncio.create_task(self._membership.run()),
                 asyncio.create_task(self._membership.watch()),
+                asyncio.create_task(self._end_when_empty()),
             ]
         self._membership.join(info, handle[0], digest, epoch)
+
+    async def _end_when_empty(self) -> None:
+        """End for good once nobody is in for a while: the application is gone."""
+        empty_s = 0.0
+        while empty_s < EMPTY_S:
+            await asyncio.sleep(5)
+            empty_s = 0.0 if self._membership.members else empty_s + 5
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     async def next_order(self, name: str, seen: int) -> Order | None:
         """See `Membership.next_order`."""
@@ -96,7 +111,7 @@ def get_controller(config: Config, model: ModelConfig) -> ActorHandle:
     """The cluster's controller; started by whoever asks first."""
     actor = ray.remote(Controller)
     handle: ActorHandle = actor.options(
-        name=NAME,
+        name=controller_name(config),
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
@@ -108,9 +123,9 @@ def get_controller(config: Config, model: ModelConfig) -> ActorHandle:
     return handle
 
 
-def find_controller() -> ActorHandle | None:
-    """The controller if one runs."""
+def find_controller(config: Config) -> ActorHandle | None:
+    """The controller of this configuration if one runs."""
     try:
-        return ray.get_actor(NAME, namespace=NAMESPACE)
+        return ray.get_actor(controller_name(config), namespace=NAMESPACE)
     except ValueError:
         return None

@@ -57,9 +57,8 @@ class Dashboard:
     """
 
     def __init__(self, url: str = DEFAULT_URL, secret: str | None = None) -> None:
-        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self.url = url
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=30, trust_env=False)
+        self._headers = {"Authorization": f"Bearer {secret}"} if secret else {}
 
     def deploy(self, config: Config) -> None:
         """Set the cluster's Serve state to this configuration."""
@@ -84,7 +83,14 @@ class Dashboard:
 
     def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         try:
-            reply = self._http.request(method, path, json=body)
+            reply = httpx.request(
+                method,
+                f"{self.url}{path}",
+                json=body,
+                headers=self._headers,
+                timeout=30,
+                trust_env=False,
+            )
         except httpx.HTTPError as error:
             raise DashboardError(
                 f"{method} {self.url}{path}: {error or type(error).__name__}; is a Ray cluster "

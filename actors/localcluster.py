@@ -140,6 +140,8 @@ def _environment(token_path: Path) -> dict[str, str]:
         # Makes Ray's own servers bind to loopback instead of the interface's address.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # `down` means now; draining is for nodes whose work another node can take over.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
         # The ingress and the members only pass things on; a thread hop per call costs more.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",

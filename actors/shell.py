@@ -14,7 +14,7 @@ from whalepod.actors.controller import get_controller
 from whalepod.cluster.doorbell import Doorbell, Ringer
 from whalepod.cluster.epoch import Epoch
 from whalepod.cluster.fabric import TorchFabric, connect
-from whalepod.cluster.membership import Order
+from whalepod.cluster.report import Order
 from whalepod.cluster.topology import MemberInfo, Pool
 from whalepod.config import Config
 from whalepod.engine.member import Member

@@ -12,39 +12,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from whalepod.cluster.epoch import Epoch, Seat
 from whalepod.cluster.placement import Placement
-from whalepod.cluster.topology import MemberInfo, seat
+from whalepod.cluster.report import Order, Phase, Record, report
+from whalepod.cluster.topology import MemberInfo, lacking, seat
 from whalepod.config import Config
 from whalepod.errors import ConfigError
 
 log = logging.getLogger(__name__)
-Phase = Literal["rest", "prepare", "enter"]
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What a member is to do next. `seq` grows; only the latest order of a member counts."""
-
-    seq: int
-    phase: Phase
-    epoch: dict[str, Any] | None = None
-
-
-@dataclass(slots=True)
-class Record:
-    """A member as the controller knows it."""
-
-    info: MemberInfo
-    handle: Any
-    order: Order = Order(0, "rest")
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    prepared: int = 0
-    entered: int = 0
-    leaving: bool = False
 
 
 class Membership:
@@ -151,41 +128,6 @@ class Membership:
         self.members.pop(name, None)
         self._changed.set()
 
-    # -- what operators ask -----------------------------------------------------------------
-
-    def status(self) -> dict[str, Any]:
-        """The epoch, its members, and what is awaited (None when requests are served)."""
-        epoch = self.epoch
-        live = epoch is not None and epoch.id not in self.lost
-        seats = {s.name: s for s in epoch.members} if epoch is not None else {}
-        members = []
-        for name, record in sorted(self.members.items()):
-            held = seats.get(name)
-            serving = live and epoch is not None and record.entered == epoch.id
-            state = "leaving" if record.leaving else "serving" if serving else "joining"
-            members.append(
-                {
-                    "name": name,
-                    "pool": record.info.pool,
-                    "host": record.info.host,
-                    "state": state,
-                    "rank": held.rank if held else None,
-                    "roles": list(held.roles) if held else [],
-                    "experts": _count(epoch, name) if epoch and held else 0,
-                }
-            )
-        ready = live and all(self.members.get(s) is not None for s in seats)
-        return {
-            "epoch": epoch.id if epoch else 0,
-            "ready": ready and self.waiting_for == "",
-            "waiting_for": self.waiting_for or None,
-            "config_digest": self.config.digest,
-            "fabric": epoch.backend if epoch else None,
-            "placement_version": epoch.placement.version if epoch else 0,
-            "members": members,
-            "history": self.history[-20:],
-        }
-
     # -- making epochs ----------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -279,29 +221,9 @@ class Membership:
         return seat(self.config.topology, present)
 
     def _lacking(self, seats: tuple[Seat, ...]) -> str:
-        """What the next epoch lacks, as words; empty when it can be made."""
-        topology = self.config.topology
-        have = {
-            role: sum(role in s.roles for s in seats) for role in ("attention", "router", "expert")
-        }
-        if not have["attention"]:
-            return "an attention member"
-        if not have["expert"]:
-            return "an expert member"
-        if self.epoch is None and self._fresh():
-            # The first epoch waits a while for everybody, lest start-up makes one epoch a member.
-            wanted = {"attention": topology.attention * topology.stages}
-            if topology.layout == "afd":
-                wanted["expert"] = topology.experts
-                if topology.router == "own":
-                    wanted["router"] = topology.routers
-            for role, count in wanted.items():
-                got = have[role]
-                if role == "router":
-                    got = sum(s.roles == ("router",) for s in seats)
-                if got < count:
-                    return f"{count - got} more {role} member(s) of {count}"
-        return ""
+        # The first epoch waits a while for everybody, lest start-up makes one epoch a member.
+        complete = self.epoch is None and self._fresh()
+        return lacking(self.config.topology, seats, complete=complete)
 
     def _fresh(self) -> bool:
         return time.monotonic() - self._last_join < self._patience_s
@@ -360,11 +282,18 @@ class Membership:
             self.members[s.name].entered < self.epoch.id for s in seats if s.name in self.members
         )
 
+    def status(self) -> dict[str, Any]:
+        """The epoch, its members, and what is awaited (None when requests are served)."""
+        live = self.epoch is not None and self.epoch.id not in self.lost
+        told = report(self.epoch, live, self.members)
+        return {
+            **told,
+            "ready": told["ready"] and not self.waiting_for,
+            "waiting_for": self.waiting_for or None,
+            "config_digest": self.config.digest,
+            "history": self.history[-20:],
+        }
+
     def _note(self, event: str, epoch: int, detail: str) -> None:
         self.history.append({"time": time.time(), "event": event, "epoch": epoch, "detail": detail})
         del self.history[:-100]
-
-
-def _count(epoch: Epoch, name: str) -> int:
-    layers = range(len(epoch.placement.holders))
-    return sum(len(epoch.placement.experts_of(name, layer)) for layer in layers)

@@ -72,6 +72,32 @@ def seats_for(topology: Topology) -> tuple[Seat, ...]:
     return seat(topology, wanted(topology))
 
 
+def lacking(topology: Topology, seats: Sequence[Seat], *, complete: bool) -> str:
+    """What these seats lack to serve, as words; empty when they suffice.
+
+    Args:
+        complete: whether to ask for the configured numbers, not just for one of each.
+    """
+    attention = sum("attention" in s.roles for s in seats)
+    experts = sum("expert" in s.roles for s in seats)
+    if not attention:
+        return "an attention member"
+    if not experts:
+        return "an expert member"
+    if not complete:
+        return ""
+    pairs = [("attention", attention, topology.attention * topology.stages)]
+    if topology.layout == "afd":
+        pairs.append(("expert", experts, topology.experts))
+        if topology.router == "own":
+            routers = sum(s.roles == ("router",) for s in seats)
+            pairs.append(("router", routers, topology.routers))
+    for role, have, want in pairs:
+        if have < want:
+            return f"{want - have} more {role} member(s) of {want}"
+    return ""
+
+
 def _whole_replicas(topology: Topology, members: Sequence[MemberInfo]) -> list[list[MemberInfo]]:
     replicas: dict[str, list[MemberInfo]] = {}
     for member in members:

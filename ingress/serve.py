@@ -40,7 +40,7 @@ class Ingress:
         bind_to_own_address()
         self._config = Config.from_dict(config)
         model = ModelConfig.from_file(Path(self._config.model.path) / "config.json")
-        self._client = RayClient(attention, self._config.cluster.ready_timeout_s)
+        self._client = RayClient(attention, self._config)
         self._service = Service(
             self._client,
             Tokenizer.open(self._config.model.path),

@@ -250,6 +250,7 @@ class Assembler:
         self._decoder = tokenizer.detokenizer() if tokenizer else None
         self._stops, self._splitter, self._stop_ids = StopStrings(stop), splitter, stop_ids
         self._channel = "reasoning" if splitter and splitter.reasoning else "content"
+        self._tokens: list[int] = []
 
     def push(self, token: int, finish: str | None, ends: bool) -> tuple[Delta, bool]:
         """Take a token; returns the delta, and whether a stop string ended the text.
@@ -259,7 +260,9 @@ class Assembler:
             ends: the token itself is a stop id, which is not text.
         """
         channel = self._channel
-        text, tokens = "", () if token < 0 else (token,)
+        text = ""
+        if token >= 0:
+            self._tokens.append(token)
         if self._decoder is not None and token >= 0 and not ends:
             text = self._text(token)
         if finish is not None and self._decoder is not None:
@@ -268,6 +271,11 @@ class Assembler:
         if finish is not None and not hit:
             text += self._stops.flush()
         verdict = "stop" if hit else finish
+        # Tokens whose text is held back travel with the text that follows.
+        tokens: tuple[int, ...] = ()
+        if text or verdict is not None or self._decoder is None:
+            tokens = tuple(self._tokens)
+            self._tokens.clear()
         if channel == "reasoning":
             return Delta(reasoning=text, tokens=tokens, finish=verdict), hit
         return Delta(content=text, tokens=tokens, finish=verdict), hit

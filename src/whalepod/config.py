@@ -124,9 +124,9 @@ class Config(Section):
 
     @property
     def digest(self) -> str:
-        """Hash of everything members must agree on; part of every epoch."""
+        """Hash of everything members must agree on (pool sizes may differ); part of every epoch."""
         shared = self.model_dump_json(
-            exclude={"server": True, "topology": {"attention", "experts"}}
+            exclude={"server": True, "topology": {"attention", "experts", "routers"}}
         )
         return hashlib.sha256(shared.encode()).hexdigest()[:16]
 
