@@ -14,14 +14,14 @@ from whalepod.kernels.registry import Kernel
 # CPU BLAS takes another summation order below 4 rows, and splits odd small row counts over
 # threads. Padding to a multiple of 4 below 16 keeps every row's bits the same for every M, so
 # a token's value does not depend on its company (tests/test_linear.py).
-_STEP, _SAFE = 4, 16
+ROW_STEP, _SAFE = 4, 16
 
 
 def padded_rows(x: Tensor) -> tuple[Tensor, int]:
     """Pad the first dim with zeros where CPU BLAS would sum differently; also the true count."""
     rows = x.shape[0]
-    if rows < _SAFE and rows % _STEP and x.device.type == "cpu":
-        x = F.pad(x, (*(0, 0) * (x.ndim - 1), 0, -rows % _STEP))
+    if rows < _SAFE and rows % ROW_STEP and x.device.type == "cpu":
+        x = F.pad(x, (*(0, 0) * (x.ndim - 1), 0, -rows % ROW_STEP))
     return x, rows
 
 
