@@ -110,7 +110,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = options.model or make_tiny(Path(tempfile.mkdtemp()) / "tiny")
-    source = Source(Config.from_dict({"model": {"path": str(folder)}}).model, Checkpoint.open(folder))
+    source = Source(
+        Config.from_dict({"model": {"path": str(folder)}}).model, Checkpoint.open(folder)
+    )
     lines = ["| what | batch | ms a step (p10-p90) | against transformers | legs | ms a leg |"]
     lines.append("|---|---|---|---|---|---|")
     for batch in options.batch:

@@ -224,6 +224,8 @@ def connect(
         EpochLost: somebody did not come.
         ConfigError: an unknown backend.
     """
+    if backend not in ("gloo", "nccl"):
+        raise ConfigError(f"fabric {backend!r} is unknown; use gloo or nccl")
     try:
         store = TCPStore(
             address[0], address[1], None, False, timeout=datetime.timedelta(seconds=rendezvous_s)
@@ -231,10 +233,8 @@ def connect(
         keyed = PrefixStore(f"epoch/{epoch}", store)
         if backend == "gloo":
             group: object = _gloo(keyed, rank, len(names), host, deadline_s)
-        elif backend == "nccl":
-            group = _nccl(keyed, rank, len(names), deadline_s)
         else:
-            raise ConfigError(f"fabric {backend!r} is unknown; use gloo or nccl")
+            group = _nccl(keyed, rank, len(names), deadline_s)
     except RuntimeError as error:
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EpochLost(epoch, [], f"rendezvous at {address}: {detail[:160]}") from None
