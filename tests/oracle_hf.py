@@ -147,7 +147,9 @@ LAYER_NAMES = {
 
 def layer_state(weights: Weights, prefix: str) -> Weights:
     """One block's tensors under the names of a `DeepseekV4DecoderLayer`."""
-    own = {n.removeprefix(f"{prefix}."): t for n, t in weights.items() if n.startswith(f"{prefix}.")}
+    own = {
+        n.removeprefix(f"{prefix}."): t for n, t in weights.items() if n.startswith(f"{prefix}.")
+    }
     out = {LAYER_NAMES[n]: t for n, t in own.items() if n in LAYER_NAMES}
     experts = range(sum(n.startswith("ffn.experts.") and n.endswith("w2.weight") for n in own))
     up = [torch.cat([own[f"ffn.experts.{e}.{w}.weight"] for w in ("w1", "w3")]) for e in experts]
@@ -160,9 +162,7 @@ def layer_state(weights: Weights, prefix: str) -> Weights:
 def hub_config(cfg: Config) -> DeepseekV4Config:
     """transformers' own reading of the released keys."""
     keys = {k: v for k, v in cfg.items() if v is not None}
-    return DeepseekV4Config(
-        **keys, attn_implementation="eager", experts_implementation="eager"
-    )
+    return DeepseekV4Config(**keys, attn_implementation="eager", experts_implementation="eager")
 
 
 class Oracle:
