@@ -58,7 +58,7 @@ def test_every_fp8_code_with_a_cut_off_tile() -> None:
 
 
 def test_fp4_low_nibble_is_the_even_column() -> None:
-    packed = torch.tensor([[b for b in range(16)]], dtype=torch.uint8)
+    packed = torch.tensor([list(range(16))], dtype=torch.uint8)
     packed = packed | ((15 - packed) << 4)
     scale = torch.tensor([[128]], dtype=torch.uint8).view(torch.float8_e8m0fnu)
     got = quant.decode_fp4(packed.view(torch.int8), scale)[0].tolist()

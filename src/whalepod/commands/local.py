@@ -150,6 +150,8 @@ def _file(path: Path) -> Iterator[dict[str, Any]]:
                 f"{', '.join(sorted(_FIELDS))}"
             )
         yield data
+    if not text.strip():
+        raise RequestError(f"{path} holds no request; give one JSON object a line")
 
 
 def _request(
