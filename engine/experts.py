@@ -59,6 +59,9 @@ class LocalExperts:
         """Return what `send` computed."""
         return self._done.pop((layer, micro_batch))
 
+    def settle(self) -> None:
+        """Nothing is under way."""
+
 
 class RemoteExperts:
     """Experts on other members (and, in layout ep, on this one too), for one step.

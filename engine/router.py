@@ -38,15 +38,16 @@ class Router:
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
-        self._load, self._gates = gates, dict[int, Gate]()
+        self._load = gates
+        self.gates: dict[int, Gate] = {}
         self._holders: dict[int, list[list[int]]] = {}
         self.routed_rows = torch.zeros(config.num_hidden_layers, config.n_routed_experts)
 
     def load(self, layers: range) -> None:
         """Read the gates of these layers that are not here yet."""
         for layer in layers:
-            if layer not in self._gates:
-                self._gates[layer] = self._load(layer)
+            if layer not in self.gates:
+                self.gates[layer] = self._load(layer)
 
     def place(self, placement: Placement, layers: range) -> None:
         """Take a placement over."""
@@ -91,11 +92,11 @@ class Router:
             ids_T: `[T]` token ids.
             homes: (rank, number of rows) of each home, in row order.
         """
-        routes = self._gates[place.layer].route(x_TD, ids_T)
+        routes = self.gates[place.layer].route(x_TD, ids_T)
         self._count(place.layer, routes)
         home_T = torch.cat([torch.full((n,), rank) for rank, n in homes])
         row_T = torch.cat([torch.arange(n) for _, n in homes])
-        labels = torch.stack([home_T, row_T], dim=1).to(torch.int32)
+        labels = torch.stack([home_T, row_T], dim=1).to(x_TD.device, torch.int32)
         k = self.config.num_experts_per_tok
         form = to_shard(self.config.hidden_size, self.dtype, k)
         shard_TK = self._choose_shards(place.layer, routes)
@@ -126,7 +127,7 @@ class Router:
             [holders[e][(t + k) % len(holders[e])] for k, e in enumerate(row)]
             for t, row in enumerate(routes.experts_TK.tolist())
         ]
-        return torch.tensor(chosen, dtype=torch.int64)
+        return torch.tensor(chosen, dtype=torch.int64).to(routes.experts_TK.device)
 
     def _count(self, layer: int, routes: Routes) -> None:
         flat = routes.experts_TK.flatten().cpu()

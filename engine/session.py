@@ -16,7 +16,7 @@ from whalepod.cluster.fabric import Fabric
 from whalepod.engine.announce import Announcer
 from whalepod.engine.attention import AttentionStage
 from whalepod.engine.expert import ExpertShard
-from whalepod.engine.experts import Experts, RemoteExperts
+from whalepod.engine.experts import Experts, LocalExperts, RemoteExperts
 from whalepod.engine.lanes import Announcement, Lanes
 from whalepod.engine.legs import (
     SIZED_BYTES,
@@ -68,8 +68,14 @@ class Seat:
         """The rank of this replica's given stage."""
         return self.lanes.homes[stage][self.replica]
 
-    def experts(self, stage: AttentionStage, announced: dict[int, Announcement]) -> RemoteExperts:
-        """The experts of one step."""
+    def experts(
+        self, stage: AttentionStage, announced: dict[int, Announcement]
+    ) -> LocalExperts | RemoteExperts:
+        """The experts of one step; a member that is alone needs no legs."""
+        if self.fabric.size == 1:
+            assert self.router is not None
+            assert self.shard is not None
+            return LocalExperts(self.router.gates, self.shard.experts)
         return RemoteExperts(
             stage.config,
             self.fabric,
