@@ -37,7 +37,7 @@ BASE: Config = {
     "o_groups": 4,
     "sliding_window": 16,
     "compress_ratios": [0, 4, 128, 4, 0],
-    "index_n_heads": 4,
+    "index_n_heads": 16,
     "index_head_dim": 16,
     "index_topk": 6,
     "moe_intermediate_size": 40,
@@ -115,13 +115,13 @@ CONFIGS: dict[str, Config] = {
         "num_experts_per_tok": 4,
         "routed_scaling_factor": 1.0,
     },
-    "one_head": BASE
+    "two_heads": BASE
     | {
         "num_hidden_layers": 3,
         "compress_ratios": [4, 4, 128, 0],
         "num_attention_heads": 2,
         "o_groups": 2,
-        "index_n_heads": 1,
+        "index_n_heads": 12,
         "index_topk": 3,
         "rope_scaling": yarn(16, 32),
         "max_position_embeddings": 512,
@@ -147,4 +147,14 @@ CONFIGS: dict[str, Config] = {
         "index_head_dim": 32,
     },
 }
-SEEDS: dict[str, int] = dict.fromkeys(CONFIGS, 0)
+SEEDS: dict[str, int] = {
+    "pro": 3,
+    "flash": 1,
+    "mixed": 0,
+    "window_128": 0,
+    "no_yarn": 1,
+    "clamped": 0,
+    "two_heads": 0,
+    "swa_only": 0,
+    "few_sinkhorn": 1,
+}
