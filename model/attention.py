@@ -13,6 +13,7 @@ from torch import Tensor
 
 from whalepod.kernels.linear import grouped_linear, linear
 from whalepod.kernels.rms_norm import rms_norm
+from whalepod.kernels.select import select
 from whalepod.kernels.sink_attention import sink_attention
 from whalepod.model.batch import Batch, Span
 from whalepod.model.cache import LayerCache
@@ -179,7 +180,7 @@ class Attention:
             scores = self.indexer.score(
                 picked[0][span.rows].unsqueeze(0), picked[1][span.rows].unsqueeze(0), keys
             ).squeeze(0)
-            best = scores.masked_fill_(~visible, float("-inf")).topk(self.indexer.topk).indices
+            best = select(scores.masked_fill_(~visible, float("-inf")), self.indexer.topk)
             visible = visible & torch.zeros_like(visible).scatter_(1, best, True)
         return self._attend(
             q, torch.cat([kv, cache.main.entries[rows]]), torch.cat([seen, visible], dim=1)
@@ -213,7 +214,7 @@ class Attention:
                 picked[0][at].unsqueeze(0), picked[1][at].unsqueeze(0), keys
             ).squeeze(0)
             scores.masked_fill_(~visible_ME[part], float("-inf"))
-            best = scores.topk(self.indexer.topk).indices
+            best = select(scores, self.indexer.topk)
             near = seen_MS[part].float().topk(width).indices
             kv = torch.cat([kv_SD[near], pool[rows_E[best]]], dim=1)
             seen = torch.cat(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from whalepod.kernels.select import select
 from whalepod.model.batch import Batch
 from whalepod.model.cache import Compressed
 from whalepod.model.compressor import Compressor
@@ -75,7 +76,5 @@ class Indexer:
         scores = self.score(
             q_THI[:n].unsqueeze(1), gate_TH[:n].unsqueeze(1), state.entries[rows]
         ).squeeze(1)
-        best = scores.masked_fill_(~seen, float("-inf")).topk(self.topk, dim=-1).indices
-        # In order of position, as when all are taken: the order of a sum is part of its bits.
-        best = best.sort(dim=-1).values
+        best = select(scores.masked_fill_(~seen, float("-inf")), self.topk)
         return rows.gather(1, best), seen.gather(1, best)
