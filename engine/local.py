@@ -63,14 +63,19 @@ class SingleEngine:
 
 
 class ThreadedEngine:
-    """Layouts `ep` and `afd` on threads: one epoch, one thread a member."""
+    """Layouts `ep` and `afd` on threads: one epoch, one thread a member.
 
-    def __init__(self, config: Config, source: Source, deadline_s: float | None = None) -> None:
+    `replicas` places that many further copies of every expert.
+    """
+
+    def __init__(self, config: Config, source: Source, *, replicas: int = 0) -> None:
         self.events: queue.Queue[TokenEvent | WhalepodError] = queue.Queue()
         seats = seats_for(config.topology)
         shards = tuple(s.name for s in seats if "expert" in s.roles)
         model = source.config
-        placement = Placement.balanced(model.num_hidden_layers, model.n_routed_experts, shards)
+        placement = Placement.balanced(
+            model.num_hidden_layers, model.n_routed_experts, shards, replicas
+        )
         self.epoch = Epoch(
             id=1,
             members=seats,
@@ -83,7 +88,7 @@ class ThreadedEngine:
             member.prepare(self.epoch)
         self.firsts = [m for m in self.members if m.loop is not None]
         self._stop = threading.Event()
-        deadline = deadline_s or config.cluster.step_deadline_s
+        deadline = config.cluster.step_deadline_s
         self.fabrics = local_fabrics([s.name for s in seats], epoch=1, deadline_s=deadline)
         lead = self.firsts[0].loop
         assert lead is not None

@@ -97,13 +97,20 @@ class EngineLoop:
         self._inbox.append(request_id)
         self.wake.set()
 
-    def plan(self, micro_batches: int) -> Plan | None:
-        """Choose the next step; None when nothing waits."""
+    def plan(self, micro_batches: int, least_rows: int = 1) -> Plan | None:
+        """Choose the next step; None when nothing waits.
+
+        Args:
+            micro_batches: split it into at most this many.
+            least_rows: but not into smaller ones than this on average.
+        """
         self._take_in()
         planned = self.scheduler.plan()
         if not planned:
             return None
-        return Plan(split([part for _, part in planned], micro_batches), planned)
+        parts = [part for _, part in planned]
+        rows = sum(len(part.ids) for part in parts)
+        return Plan(split(parts, min(micro_batches, rows // least_rows)), planned)
 
     def finish(self, plan: Plan, drawn: list[Drawn]) -> None:
         """Take a completed step's tokens in, in the order of its parts that draw."""

@@ -70,7 +70,7 @@ class Member:
             max_queue=engine.max_queue,
             max_context=context_limit(self.config, self.model),
         )
-        self._first = FirstStage(self.loop, stage, self.config.topology.micro_batches)
+        self._first = FirstStage(self.loop, stage, self.config.topology)
 
     def prepare(self, epoch: Epoch) -> None:
         """Load what an epoch needs of this member, beside the epoch that still runs."""

@@ -5,6 +5,7 @@ Legend: T rows, K experts per token, D width, S shards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -40,7 +41,7 @@ class Router:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self._load = gates
         self.gates: dict[int, Gate] = {}
-        self._holders: dict[int, list[list[int]]] = {}
+        self._holders: dict[int, Tensor] = {}
         self.routed_rows = torch.zeros(config.num_hidden_layers, config.n_routed_experts)
 
     def load(self, layers: range) -> None:
@@ -51,10 +52,14 @@ class Router:
 
     def place(self, placement: Placement, layers: range) -> None:
         """Take a placement over."""
-        experts = range(self.config.n_routed_experts)
-        self._holders = {
-            layer: [list(placement.shards_of(layer, e)) for e in experts] for layer in layers
-        }
+        self._holders = {layer: self._table(placement, layer) for layer in layers}
+
+    def _table(self, placement: Placement, layer: int) -> Tensor:
+        """Shards of every expert, `[E, R]`; those with fewer replicas than R repeat theirs."""
+        held = [placement.shards_of(layer, e) for e in range(self.config.n_routed_experts)]
+        width = math.lcm(*(len(at) for at in held))
+        rows = [list(at) * (width // len(at)) for at in held]
+        return torch.tensor(rows, dtype=torch.int64).to(self.device)
 
     def serve_step(self, fabric: Fabric, lanes: Lanes, announced: dict[int, Announcement]) -> None:
         """Route every pass of one step, as a member of its own."""
@@ -122,12 +127,12 @@ class Router:
 
     def _choose_shards(self, layer: int, routes: Routes) -> Tensor:
         """Shard index of every choice, `[T, K]`; replicas are used in turn."""
-        holders = self._holders[layer]
-        chosen = [
-            [holders[e][(t + k) % len(holders[e])] for k, e in enumerate(row)]
-            for t, row in enumerate(routes.experts_TK.tolist())
-        ]
-        return torch.tensor(chosen, dtype=torch.int64).to(routes.experts_TK.device)
+        table_ER = self._holders[layer]
+        if table_ER.shape[1] == 1:
+            return table_ER[:, 0][routes.experts_TK]
+        tokens, k = routes.experts_TK.shape
+        turn_TK = torch.arange(tokens * k, device=table_ER.device).view(tokens, k)
+        return table_ER[routes.experts_TK, turn_TK % table_ER.shape[1]]
 
     def _count(self, layer: int, routes: Routes) -> None:
         flat = routes.experts_TK.flatten().cpu()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from whalepod.cluster.fabric import Fabric
+from whalepod.config import Topology
 from whalepod.engine.announce import Announcer
 from whalepod.engine.attention import AttentionStage
 from whalepod.engine.expert import ExpertShard
@@ -100,8 +101,8 @@ class FirstStage:
 
     keepalive_s = 1.0
 
-    def __init__(self, loop: EngineLoop, stage: AttentionStage, micro_batches: int) -> None:
-        self.loop, self.stage, self.micro_batches = loop, stage, micro_batches
+    def __init__(self, loop: EngineLoop, stage: AttentionStage, topology: Topology) -> None:
+        self.loop, self.stage, self.topology = loop, stage, topology
 
     def serve(self, seat: Seat, stop: threading.Event) -> None:
         """Run steps; returns when the lead has announced the stop. Raises EpochLost."""
@@ -113,7 +114,7 @@ class FirstStage:
             nonlocal plan
             if leads and stop.is_set():
                 return Announcement(stop=True)
-            plan = self.loop.plan(self.micro_batches)
+            plan = self.loop.plan(self.topology.micro_batches, self.topology.micro_batch_rows)
             return _announce(plan)
 
         while True:

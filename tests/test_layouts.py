@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from whalepod.config import Config
-from whalepod.engine.local import open_engine
+from whalepod.engine.local import ThreadedEngine, open_engine
 from whalepod.engine.request import Request, Sampling
 from whalepod.engine.source import Source
 from whalepod.model.checkpoint import Checkpoint
@@ -53,7 +53,7 @@ def run(tiny: Path, topology: dict[str, Any], todo: list[Request], **model: Any)
     config = Config.from_dict(
         {
             "model": {"path": str(tiny), **model},
-            "topology": topology,
+            "topology": {"micro_batch_rows": 1, **topology},
             # One chunk a prompt: chunk borders must not depend on how requests are spread.
             "engine": {"max_step_tokens": 2048, "max_batch": 16},
         }
@@ -117,3 +117,23 @@ def test_chunked_prefill_gives_the_same_tokens(tiny: Path, alone: Output) -> Non
         for event in engine.run(requests(1024, 8, 12)):
             out.setdefault(event.request_id, []).append(event.token)
     assert out == {k: [t for t, _ in v] for k, v in alone.items()}
+
+
+def test_replicas_of_experts_change_no_bit(tiny: Path, alone: Output) -> None:
+    """Experts on two shards each, used in turn: the placement of a sum's parts does not matter."""
+    config = Config.from_dict(
+        {
+            "model": {"path": str(tiny)},
+            "topology": {"experts": 3},
+            "engine": {"max_step_tokens": 2048, "max_batch": 16},
+        }
+    )
+    out: Output = {}
+    with torch.inference_mode():
+        engine = ThreadedEngine(config, Source(config.model, Checkpoint.open(tiny)), replicas=1)
+        try:
+            for event in engine.run(requests(1024, 8, 12)):
+                out.setdefault(event.request_id, []).append((event.token, event.logprob))
+        finally:
+            engine.close()
+    assert out == alone
