@@ -23,7 +23,7 @@ class DashboardError(WhalepodError):
 def serve_config(config: Config) -> dict[str, Any]:
     """The declarative Serve configuration of a whalepod cluster (also RayService's serveConfigV2)."""
     return {
-        "proxy_location": "EveryNode",
+        "proxy_location": "EveryNode" if config.server.http == "proxy" else "Disabled",
         "http_options": {"host": config.server.host, "port": config.server.http_port},
         "applications": [
             {

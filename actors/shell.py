@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from whalepod.errors import EpochLost
 from whalepod.model.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
+_SWITCH_S = 0.0002
 
 
 class Shell:
@@ -49,6 +51,9 @@ class Shell:
         # Members share the machine's cores; one thread each keeps them out of each other's way,
         # and results independent of the core count.
         torch.set_num_threads(1)
+        # The serving thread gives the interpreter up at every tensor operation and must get it back
+        # soon, however long the event loop beside it could go on (the default is 5 ms).
+        sys.setswitchinterval(_SWITCH_S)
         self.config, self.name = config, name
         self.host = str(ray.util.get_node_ip_address())
         device = "cuda" if config.cluster.fabric == "nccl" else "cpu"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from whalepod.config import Config
 from whalepod.engine.member import context_limit
 from whalepod.ingress.grpc import GrpcServer
 from whalepod.ingress.http import make_app
+from whalepod.ingress.listener import HttpListener
 from whalepod.ingress.service import Service
 from whalepod.metrics import Metrics
 from whalepod.model.shape import ModelConfig
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @serve.ingress()
 class Ingress:
-    """HTTP through Serve's proxy, gRPC on a listener of its own; both over one `Service`."""
+    """HTTP and gRPC over one `Service`, on listeners of the replica or (HTTP) behind Serve's proxy."""
 
     def __init__(self, config: dict[str, Any], attention: DeploymentHandle, *pools: Any) -> None:
         del pools  # named only so that they belong to the application
@@ -64,18 +66,23 @@ class Ingress:
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         server = self._config.server
-        listener = GrpcServer(
-            self._service,
-            server.host,
-            server.grpc_port,
-            max_bytes=server.max_body_bytes,
-            default_thinking=server.default_thinking,
-        )
-        await listener.start()
+        listeners: list[GrpcServer | HttpListener] = [
+            GrpcServer(
+                self._service,
+                server.host,
+                server.grpc_port,
+                max_bytes=server.max_body_bytes,
+                default_thinking=server.default_thinking,
+            )
+        ]
+        if server.http == "direct":
+            listeners.append(HttpListener(app, server.host, server.http_port))
+        for listener in listeners:
+            await listener.start()
         try:
             yield
         finally:
-            await listener.stop()
+            await asyncio.gather(*(listener.stop() for listener in listeners))
 
 
 def _pool(kind: type, name: str, replicas: int, config: Config, **options: Any) -> Any:

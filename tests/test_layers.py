@@ -29,6 +29,7 @@ HOME = {  # third-party package -> where it may be imported
     "safetensors": ("model/tiny.py",),
     "tokenizers": ("model/tokenizer.py", "model/tiny_tokenizer.py"),
     "prometheus_client": ("metrics.py",),
+    "uvicorn": ("ingress/listener.py",),
 }
 
 

@@ -107,6 +107,10 @@ class Server(Section):
     """Where clients connect. Everything listens on loopback unless told otherwise."""
 
     host: str = Field(default="127.0.0.1", description="address of the HTTP and gRPC listeners")
+    http: Literal["direct", "proxy"] = Field(
+        default="direct",
+        description="direct: ingress replicas listen themselves; proxy: Ray Serve's HTTP proxy does",
+    )
     http_port: int = Field(default=8000, ge=1, le=65535)
     grpc_port: int = Field(default=9000, ge=1, le=65535)
     replicas: int = Field(default=1, ge=1, description="ingress replicas")
