@@ -324,6 +324,30 @@ def test_a_killed_member_changes_no_token(
     assert served.status()["epoch"] > epoch
 
 
+def test_a_killed_controller_is_noticed_by_nobody(
+    served: Served, expected: list[list[int]]
+) -> None:
+    served.settled(attention=1, router=1, experts=2)
+    epoch = served.status()["epoch"]
+    session = os.getsid(localcluster.running().pid)  # type: ignore[union-attr]
+
+    def kill() -> None:
+        found = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                named = Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Controller")
+                if named and os.getsid(int(pid)) == session:
+                    found.append(int(pid))
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+        assert len(found) == 1
+        os.kill(found[0], signal.SIGKILL)
+
+    assert under_load(served, kill) == ours(expected)
+    served.settled(attention=1, router=1, experts=2)
+    assert served.status()["epoch"] == epoch
+
+
 def test_scaling_under_load_fails_no_stream(served: Served, expected: list[list[int]]) -> None:
     """Attention 1 -> 2 -> 1 by Ray's REST call, experts 2 -> 3 -> 2 by the command."""
     served.settled(attention=1, router=1, experts=2)
