@@ -16,11 +16,12 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-from edge import TOKENIZER, edge
+from edge import TOKENIZER, edge, make_service
 from engines import Scripted
 from google.protobuf import text_format
 
 from whalepod.errors import NotReady, Overloaded
+from whalepod.ingress.http import make_app
 from whalepod.protos import inference_pb2 as pb
 from whalepod.protos import inference_pb2_grpc as pb_grpc
 
@@ -72,7 +73,8 @@ async def over_http(path: str, body: Any, failure: Exception | None) -> str:
         engine.late_failure = failure
     else:
         engine.failure = failure
-    async with edge(engine) as servers, httpx.AsyncClient(base_url=servers.http) as client:
+    transport = httpx.ASGITransport(make_app(make_service(engine)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
         reply = await (client.get(path) if body is None else client.post(path, json=body))
     kept = [f"{name}: {reply.headers[name]}" for name in KEPT if name in reply.headers]
     asked = "GET" if body is None else "POST"
