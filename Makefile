@@ -51,6 +51,9 @@ protos: $(VENV)/ready
 	$(BIN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src --grpc_python_out=src \
 		src/whalepod/protos/*.proto
 
+golden: $(VENV)/ready  ## write the transcripts anew; read the difference in review
+	WHALEPOD_GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py
+
 bench: $(MODEL)/config.json
 	$(BIN)/python bench/bench_step.py
 	$(BIN)/python bench/bench_serving.py

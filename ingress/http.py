@@ -2,70 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+import logging
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from whalepod import __version__
-from whalepod.errors import NotReady, Overloaded, RequestError, WhalepodError
+from whalepod.errors import NotReady, Overloaded, RequestError
+from whalepod.ingress.body import BodyLimit
 from whalepod.ingress.openai import ChatBody, CompletionBody, error_body, parse
 from whalepod.ingress.replies import ChatReply, CompletionReply, Reply
-from whalepod.ingress.service import Service, UnknownModel
+from whalepod.ingress.service import EngineFailed, Service, UnknownModel
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 Status = Callable[[], Awaitable[dict[str, Any]]]
-
-
-class BodyLimit:
-    """Refuse request bodies over a size while they arrive, whether announced or chunked."""
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self._app, self._limit = app, limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer 413."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        announced = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
-        if announced.isdigit() and int(announced) > self._limit:
-            await self._refuse(scope, receive, send)
-            return
-        chunks: list[bytes] = []
-        size, more = 0, True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return
-            chunks.append(message.get("body", b""))
-            size, more = size + len(chunks[-1]), bool(message.get("more_body"))
-            if size > self._limit:
-                await self._refuse(scope, receive, send)
-                return
-        body: Message | None = {"type": "http.request", "body": b"".join(chunks)}
-
-        async def replay() -> Message:
-            nonlocal body
-            if body is not None:
-                found, body = body, None
-                return found
-            return await receive()
-
-        await self._app(scope, replay, send)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        text = f"the request body exceeds {self._limit} bytes; send a smaller one"
-        response = JSONResponse(
-            error_body(text, "invalid_request_error", code="body_too_large"),
-            413,
-            {"connection": "close"},
-        )
-        await response(scope, receive, send)
 
 
 def make_app(
@@ -106,21 +66,23 @@ def make_app(
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        body: CompletionBody = parse(CompletionBody, await _json(request))
-        service.check_model(body.model)
-        ids = service.encode_prompt(body.single_prompt())
-        generation = service.complete(ids, body.options(body.max_tokens))
-        return await _answer(CompletionReply(service, generation, body), body.stream)
+        with service.admission():
+            body: CompletionBody = parse(CompletionBody, await _json(request))
+            service.check_model(body.model)
+            ids = await service.encode_prompt(body.prompt)
+            generation = service.complete(ids, body.options(body.max_tokens))
+        return await _answer(request, CompletionReply(service, generation, body), body.stream)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        body: ChatBody = parse(ChatBody, await _json(request))
-        service.check_model(body.model)
-        thinking = body.is_thinking(default_thinking)
-        ids = service.encode_chat([m.plain() for m in body.messages], thinking)
-        options = body.options(body.max_completion_tokens or body.max_tokens)
-        generation = service.chat(ids, options, thinking)
-        return await _answer(ChatReply(service, generation, body), body.stream)
+        with service.admission():
+            body: ChatBody = parse(ChatBody, await _json(request))
+            service.check_model(body.model)
+            thinking = body.is_thinking(default_thinking)
+            ids = await service.encode_chat([m.plain() for m in body.messages], thinking)
+            options = body.options(body.max_completion_tokens or body.max_tokens)
+            generation = service.chat(ids, options)
+        return await _answer(request, ChatReply(service, generation, body), body.stream)
 
     return app
 
@@ -132,7 +94,7 @@ def _add_state(app: FastAPI, service: Service, status: Status | None) -> None:
 
     @app.get("/ready")
     async def ready() -> Response:
-        reason = await service.client.ready()
+        reason = await service.ready()
         if reason is None:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "not ready", "reason": reason}, 503, {"retry-after": "1"})
@@ -148,7 +110,7 @@ def _add_state(app: FastAPI, service: Service, status: Status | None) -> None:
     @app.get("/status")
     async def cluster() -> Response:
         if status is None:
-            return JSONResponse({"ready": await service.client.ready() is None, "members": []})
+            return JSONResponse({"ready": await service.ready() is None, "members": []})
         return JSONResponse(await status())
 
 
@@ -156,7 +118,8 @@ def _add_errors(app: FastAPI) -> None:
     async def refused(request: Request, error: Exception) -> Response:
         return JSONResponse(*describe(error))
 
-    for kind in (WhalepodError, Exception):
+    # The handler of Exception also has the server log the traceback.
+    for kind in (RequestError, Overloaded, NotReady, EngineFailed, ClientGone, Exception):
         app.add_exception_handler(kind, refused)
 
     async def unrouted(request: Request, error: Exception) -> Response:
@@ -177,11 +140,13 @@ def describe(error: Exception) -> tuple[dict[str, Any], int, dict[str, str]]:
     if isinstance(error, RequestError):
         return error_body(str(error), "invalid_request_error", error.param), 400, {}
     if isinstance(error, Overloaded):
-        retry = {"retry-after": str(max(1, round(error.retry_after_s)))}
+        retry = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
         return error_body(str(error), "rate_limit_error", code="overloaded"), 429, retry
-    if isinstance(error, NotReady):
-        body = error_body(str(error), "server_error", code="not_ready")
-        return body, 503, {"retry-after": "1"}
+    if isinstance(error, (NotReady, EngineFailed)):
+        code = "not_ready" if isinstance(error, NotReady) else "engine_failed"
+        return error_body(str(error), "server_error", code=code), 503, {"retry-after": "1"}
+    if isinstance(error, ClientGone):
+        return error_body(str(error), "server_error", code="client_gone"), 499, {}
     text = f"the server failed ({type(error).__name__}); the fault is in its log"
     return error_body(text, "server_error", code="internal_error"), 500, {}
 
@@ -190,7 +155,10 @@ async def _json(request: Request) -> Any:
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip()
     if kind != "application/json":
         raise RequestError(f"the content type is {kind!r}; send application/json")
-    raw = await request.body()
+    try:
+        raw = await request.body()
+    except ClientDisconnect:
+        raise ClientGone("the client left before its request was whole") from None
     try:
         return json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
@@ -201,29 +169,72 @@ async def _json(request: Request) -> Any:
         raise RequestError(f"the body is no JSON: {error}") from None
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
+    except ValueError:  # more digits than Python turns into an int
+        raise RequestError("the body holds a number with too many digits") from None
 
 
 def _no_constant(name: str) -> Any:
     raise RequestError(f"{name} is no JSON number; send a finite one")
 
 
-async def _answer(reply: Reply, stream: bool) -> Response:
+async def _answer(request: Request, reply: Reply, stream: bool) -> Response:
     if not stream:
-        return JSONResponse(await reply.whole())
+        return JSONResponse(await _while_connected(request, reply.whole()))
     chunks = reply.chunks()
     # The first chunk decides between a stream and an error status.
-    first = await anext(chunks)
-    return StreamingResponse(_events(first, chunks), media_type="text/event-stream")
+    first = await _while_connected(request, anext(chunks))
+    return EventStream(_events(first, chunks), media_type="text/event-stream")
 
 
-async def _events(first: dict[str, Any], chunks: Any) -> AsyncIterator[bytes]:
+class ClientGone(Exception):
+    """The client closed its connection; nobody reads the answer."""
+
+
+async def _while_connected(request: Request, work: Awaitable[T]) -> T:
+    """Wait for `work`, but give it up when the client goes away. Raises ClientGone."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_departure(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone("the client closed its connection")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.wait({task, gone})
+
+
+async def _departure(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; whatever ends the response ends what it is made of at once."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], **options: Any) -> None:
+        super().__init__(events, **options)
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events until they or the client end."""
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+
+async def _events(
+    first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any], None]
+) -> AsyncGenerator[bytes, None]:
     try:
         async with aclosing(chunks):
             yield _event(first)
             async for chunk in chunks:
                 yield _event(chunk)
     except Exception as error:
-        yield _event(describe(error)[0])
+        body, status, _ = describe(error)
+        if status == 500:
+            log.exception("a stream failed")
+        yield _event(body)
     yield b"data: [DONE]\n\n"
 
 

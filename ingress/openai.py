@@ -5,13 +5,28 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from whalepod.errors import RequestError
-from whalepod.ingress.service import Generation, Options
+from whalepod.ingress.service import MAX_STOP_IDS, MAX_STOPS, Generation, Options
 from whalepod.model.chat import Message
 
-MAX_STOPS = 16
+# Not offered yet, and the values (beside empty ones) that ask for nothing: clients send defaults.
+_NOT_YET: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (),
+    "suffix": (),
+    "logprobs": (),
+    "top_logprobs": (),
+    "logit_bias": (),
+    "presence_penalty": (),
+    "frequency_penalty": (),
+    "tools": (),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "reasoning_effort": (),
+}
 
 
 class Body(BaseModel):
@@ -33,6 +48,10 @@ class Thinking(Body):
 
 
 _StopText = Annotated[str, Field(min_length=1)]
+_StopTexts = Annotated[list[_StopText], Field(max_length=MAX_STOPS, fail_fast=True)]
+_StopIds = Annotated[list[int], Field(max_length=MAX_STOP_IDS, fail_fast=True)]
+# A body may hold a million wrong entries; the first one is enough to say.
+_Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 class Common(Body):
@@ -43,25 +62,27 @@ class Common(Body):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1)
     seed: int | None = None
-    stop: _StopText | Annotated[list[_StopText], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
+    stop: _StopText | _StopTexts | None = None
+    stop_token_ids: _StopIds | None = None
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
-    n: Literal[1] | None = None
+    n: int | None = Field(default=None, ge=1)
     user: str | None = None
     return_token_ids: bool = False
-    # Accepted at the values that ask for nothing, since clients send them as defaults.
-    presence_penalty: Literal[0] | float | None = None
-    frequency_penalty: Literal[0] | float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    logprobs: bool | int | None = None
 
-    @field_validator("presence_penalty", "frequency_penalty", "logit_bias")
+    @field_validator(*_NOT_YET, check_fields=False)
     @classmethod
-    def _not_yet(cls, value: Any) -> Any:
-        if value:
-            raise ValueError("is not supported yet; leave it out or send 0")
+    def _asks_for_nothing(cls, value: Any, info: ValidationInfo) -> Any:
+        fine = _NOT_YET[str(info.field_name)]
+        if value and value not in fine:
+            what = f" or send {fine[0]!r}" if fine else ""
+            raise ValueError(f"is not supported yet; leave it out{what}")
         return value
 
     @property
@@ -87,19 +108,20 @@ class Common(Body):
 class CompletionBody(Common):
     """`POST /v1/completions`."""
 
-    prompt: str | list[int] | Annotated[list[str], Field(min_length=1, max_length=1)]
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
-    suffix: None = None
-    logprobs: None = None
+    prompt: str | _Ids
+    echo: bool | None = None
+    best_of: int | None = Field(default=None, ge=1)
+    suffix: str | None = None
 
-    def single_prompt(self) -> str | list[int]:
-        """The prompt; a list of one string counts as that string."""
-        prompt = self.prompt
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
-            return prompt[0]
-        assert not isinstance(prompt, list) or not any(isinstance(p, str) for p in prompt)
-        return prompt  # type: ignore[return-value]
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _single(cls, value: Any) -> Any:
+        """Take a list of one prompt as that prompt."""
+        if isinstance(value, list) and value and isinstance(value[0], (str, list)):
+            if len(value) > 1:
+                raise ValueError("only one prompt is supported yet; send several requests")
+            return value[0]
+        return value
 
 
 class TextPart(Body):
@@ -113,7 +135,7 @@ class ChatMessage(Body):
     """One message of a chat."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     reasoning_content: str | None = None
     prefix: bool = False
     name: str | None = None
@@ -129,15 +151,14 @@ class ChatMessage(Body):
 class ChatBody(Common):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     thinking: Thinking | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
-    tools: None = None
-    tool_choice: Literal["none"] | None = None
-    response_format: None = None
-    reasoning_effort: None = None
+    top_logprobs: int | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
 
     def is_thinking(self, default: bool) -> bool:
         """Whether the model is to think first."""
@@ -150,40 +171,62 @@ def parse(kind: type[Body], data: Any) -> Any:
         raise RequestError(
             f"the body is a JSON {type(data).__name__}; expected an object with fields"
         )
+    unknown = next((key for key in data if key not in kind.model_fields), None)
+    if unknown is not None:
+        raise RequestError(f"{unknown[:80]} is not known here; remove it", unknown[:80])
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise _explain(error, kind) from None
+        raise _explain(error) from None
 
 
 _WORDS = {
     "extra_forbidden": "is not known here; remove it",
     "missing": "is missing; it is required",
-    "none_required": "is not supported yet; leave it out",
 }
 
 
-def _explain(error: ValidationError, kind: type[Body]) -> RequestError:
-    """One sentence about the first fault (of a union, about its deepest branch)."""
-    faults = error.errors()
-    first = str(faults[0]["loc"][0]) if faults[0]["loc"] else "body"
-    same = [f for f in faults if f["loc"] and f["loc"][0] == faults[0]["loc"][0]]
-    path = [str(p) for p in faults[0]["loc"] if p in kind.model_fields or isinstance(p, int)]
-    name = ".".join(path) or first
-    if faults[0]["type"] in _WORDS:
-        named = ".".join(str(p) for p in faults[0]["loc"])
-        return RequestError(f"{named} {_WORDS[faults[0]['type']]}", first)
-    said = " or ".join(dict.fromkeys(f["msg"].removeprefix("Value error, ") for f in same))
-    value = repr(faults[0]["input"])
+def _explain(error: ValidationError) -> RequestError:
+    """One sentence about the first fault (of a union, about all its branches)."""
+    faults = error.errors(include_url=False, include_context=False)
+    fault = faults[0]
+    first = str(fault["loc"][0])
+    if fault["type"] in _WORDS:
+        named = ".".join(str(p) for p in fault["loc"])[:120]
+        return RequestError(f"{named} {_WORDS[fault['type']]}", first)
+    # A location also names the branches of unions, which mean nothing to a client.
+    path = [p for p in fault["loc"] if isinstance(p, int) or p in _FIELDS]
+    same = dict.fromkeys(f["msg"] for f in faults[:4] if f["loc"][0] == fault["loc"][0])
+    said = " or ".join(msg.removeprefix("Value error, ") for msg in same)
+    value = repr(fault["input"])
     shown = value if len(value) <= 60 else f"{value[:57]}..."
+    name = ".".join(map(str, path))
     return RequestError(f"{name}: {said[0].lower()}{said[1:]} (got {shown})", first)
+
+
+_FIELDS = {
+    name
+    for kind in (CompletionBody, ChatBody, ChatMessage, TextPart, Thinking, StreamOptions)
+    for name in kind.model_fields
+}
 
 
 def error_body(
     message: str, kind: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """An OpenAI error object."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    """An OpenAI error object; what a client sent and no encoding can carry is escaped."""
+    return {
+        "error": {
+            "message": _clean(message),
+            "type": kind,
+            "param": None if param is None else _clean(param),
+            "code": code,
+        }
+    }
+
+
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def usage(generation: Generation) -> dict[str, Any]:

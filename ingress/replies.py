@@ -6,13 +6,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from whalepod.errors import WhalepodError
-from whalepod.ingress.openai import ChatBody, CompletionBody, choice, envelope, usage
-from whalepod.ingress.service import Delta, Generation, Service
-
-
-class EngineFailed(WhalepodError):
-    """The engine ended a request with an error."""
+from whalepod.ingress.openai import ChatBody, Common, CompletionBody, choice, envelope, usage
+from whalepod.ingress.service import Generation, Service
 
 
 class Reply(Protocol):
@@ -27,14 +22,6 @@ class Reply(Protocol):
         ...
 
 
-async def _deltas(generation: Generation) -> AsyncGenerator[Delta, None]:
-    async with aclosing(generation.deltas) as deltas:
-        async for delta in deltas:
-            if delta.finish == "error":
-                raise EngineFailed(delta.error or "the request was ended")
-            yield delta
-
-
 class CompletionReply:
     """`text_completion` objects."""
 
@@ -47,7 +34,7 @@ class CompletionReply:
         text: list[str] = []
         tokens: list[int] = []
         finish = None
-        async with aclosing(_deltas(self._generation)) as deltas:
+        async with aclosing(self._generation.deltas) as deltas:
             async for delta in deltas:
                 text.append(delta.content)
                 tokens += delta.tokens
@@ -61,8 +48,8 @@ class CompletionReply:
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """See `Reply.chunks`."""
-        head = self._envelope()
-        async with aclosing(_deltas(self._generation)) as deltas:
+        head = {**self._envelope(), **_usage_field(self._body)}
+        async with aclosing(self._generation.deltas) as deltas:
             async for delta in deltas:
                 fields = {"text": delta.content, **self._token_ids(list(delta.tokens))}
                 yield {**head, "choices": [choice(delta.finish, **fields)]}
@@ -87,7 +74,7 @@ class ChatReply:
         content: list[str] = []
         reasoning: list[str] = []
         finish = None
-        async with aclosing(_deltas(self._generation)) as deltas:
+        async with aclosing(self._generation.deltas) as deltas:
             async for delta in deltas:
                 content.append(delta.content)
                 reasoning.append(delta.reasoning)
@@ -105,8 +92,9 @@ class ChatReply:
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """See `Reply.chunks`."""
-        head, first = self._envelope("chat.completion.chunk"), True
-        async with aclosing(_deltas(self._generation)) as deltas:
+        head = {**self._envelope("chat.completion.chunk"), **_usage_field(self._body)}
+        first = True
+        async with aclosing(self._generation.deltas) as deltas:
             async for delta in deltas:
                 fields: dict[str, Any] = {"role": "assistant"} if first else {}
                 first = False
@@ -120,3 +108,8 @@ class ChatReply:
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         return envelope(kind, "chatcmpl", self._generation, self._service.model_name)
+
+
+def _usage_field(body: Common) -> dict[str, None]:
+    """With a usage chunk to come, every other chunk has the field too, empty."""
+    return {"usage": None} if body.usage_wanted else {}

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import secrets
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
 from whalepod.engine.client import EngineClient
-from whalepod.engine.request import Request, Sampling
-from whalepod.errors import NotReady, Overloaded, RequestError
-from whalepod.ingress.stops import StopStrings
+from whalepod.engine.request import FinishReason, Request, Sampling, TokenEvent
+from whalepod.errors import NotReady, Overloaded, RequestError, WhalepodError
+from whalepod.ingress.assembler import Assembler, Delta, Finish
 from whalepod.metrics import Metrics, Stopwatch
-from whalepod.model.chat import Message, ReasoningSplitter, render
+from whalepod.model.chat import THINK, Message, ReasoningSplitter, render
 from whalepod.model.shape import ModelConfig
 from whalepod.model.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+MAX_STOPS = 16
+MAX_STOP_IDS = 128
+_LONG_TEXT = 16384
 
 
 class UnknownModel(RequestError):
     """The request names another model than the one served."""
+
+
+class EngineFailed(WhalepodError):
+    """The engine ended a request without a result; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +59,12 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """New text (and the tokens behind it), or the end of it.
-
-    `finish` is set on the last delta: `stop`, `length` or `error`.
-    """
-
-    content: str = ""
-    reasoning: str = ""
-    tokens: tuple[int, ...] = ()
-    finish: str | None = None
-    error: str | None = None
-
-
 @dataclass(slots=True)
 class Generation:
-    """A request under way: iterate `deltas`; `usage` counts along."""
+    """A request under way: iterate `deltas`, close it to cancel; `usage` counts along.
+
+    Iterating raises what `EngineClient.generate` raises, and EngineFailed.
+    """
 
     id: str
     usage: Usage
@@ -93,201 +93,186 @@ class Service:
         self.client, self.tokenizer, self.model_name = client, tokenizer, model_name
         self.model, self.max_context, self.metrics = model, max_context, metrics
 
+    async def ready(self) -> str | None:
+        """None when requests are served now, else what is awaited. Raises nothing."""
+        try:
+            return await self.client.ready()
+        except Exception as error:
+            log.exception("the engine's state cannot be read")
+            return f"the engine's state cannot be read ({type(error).__name__})"
+
+    @contextmanager
+    def admission(self) -> Iterator[None]:
+        """Around what reads, checks and starts a request: counts those that are refused."""
+        try:
+            yield
+        except RequestError:
+            self.metrics.rejected("invalid")
+            raise
+
     def check_model(self, name: str | None) -> None:
         """Raise UnknownModel unless `name` is the served model (or empty)."""
         if name and name != self.model_name:
             raise UnknownModel(
-                f"model {name!r} is not served here; use {self.model_name!r}", "model"
+                f"model {name[:80]!r} is not served here; use {self.model_name!r}", "model"
             )
 
-    def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
+    async def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """Ids of a completion prompt: BOS and the text, or the ids as they are."""
         if not isinstance(prompt, str):
-            return self._check_ids(list(prompt))
+            if not prompt:
+                raise RequestError("the prompt is empty; send at least one token id", "prompt")
+            self._check_ids(prompt, "prompt")
+            return list(prompt)
         if not prompt:
-            raise RequestError("prompt is empty; send at least one character", "prompt")
+            raise RequestError("the prompt is empty; send at least one character", "prompt")
         tokenizer = self._need_tokenizer("prompt")
-        return [self.model.bos_token_id, *self._encode(tokenizer, prompt, "prompt")]
+        _check_unicode(prompt, "prompt")
+        ids = await _beside(len(prompt), lambda: tokenizer.encode_text(prompt))
+        return [self.model.bos_token_id, *ids]
 
-    def encode_chat(self, messages: Sequence[Message], thinking: bool) -> list[int]:
+    async def encode_chat(self, messages: Sequence[Message], thinking: bool) -> list[int]:
         """Ids of a conversation."""
         tokenizer = self._need_tokenizer("messages")
         for message in messages:
             _check_unicode(message.content + message.reasoning, "messages")
-        return render(messages, thinking, tokenizer)
+        size = sum(len(m.content) + len(m.reasoning) for m in messages)
+        return await _beside(size, lambda: render(messages, thinking, tokenizer))
 
     def complete(self, prompt_ids: list[int], options: Options) -> Generation:
         """Generate after a prompt."""
         return self._start(prompt_ids, options, None)
 
-    def chat(self, prompt_ids: list[int], options: Options, thinking: bool) -> Generation:
+    def chat(self, prompt_ids: list[int], options: Options) -> Generation:
         """Generate an assistant turn, split into reasoning and content."""
         tokenizer = self._need_tokenizer("messages")
-        return self._start(prompt_ids, options, ReasoningSplitter(tokenizer, thinking))
+        # A prompt may end behind the reasoning: in chat mode, or where a prefix is continued.
+        is_open = prompt_ids[-1] == tokenizer.control_id(THINK)
+        return self._start(prompt_ids, options, ReasoningSplitter(tokenizer, is_open))
 
     def _start(
         self, prompt_ids: list[int], options: Options, splitter: ReasoningSplitter | None
     ) -> Generation:
-        try:
-            request = self._request(prompt_ids, options)
-        except RequestError:
-            self.metrics.rejected("invalid")
-            raise
+        request = self._request(prompt_ids, options)
+        decoder = self.tokenizer.detokenizer() if self.tokenizer else None
+        assembler = Assembler(decoder, options.stop, splitter)
         generation = Generation(request.id, Usage(len(prompt_ids)))
-        generation.deltas = self._deltas(generation, request, options, splitter)
+        generation.deltas = self._deltas(generation.usage, request, assembler)
         return generation
 
     def _request(self, prompt_ids: list[int], options: Options) -> Request:
-        room = self.max_context - len(prompt_ids)
+        self._check_stops(options)
+        vocabulary = self.model.vocab_size
+        seed = options.seed if options.seed is not None else secrets.randbits(63)
+        return Request(
+            id=secrets.token_hex(12),
+            prompt_ids=tuple(prompt_ids),
+            max_tokens=self._budget(len(prompt_ids), options.max_tokens),
+            sampling=Sampling(
+                temperature=options.temperature,
+                top_p=options.top_p,
+                top_k=options.top_k if 0 < options.top_k < vocabulary else 0,
+                seed=seed % (1 << 63),
+            ),
+            stop_ids=(self.model.eos_token_id, *options.stop_token_ids),
+            ignore_eos=options.ignore_eos,
+        )
+
+    def _budget(self, prompt_tokens: int, wanted: int | None) -> int:
+        room = self.max_context - prompt_tokens
         if room < 1:
             raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens and the context holds "
+                f"the prompt has {prompt_tokens} tokens and the context holds "
                 f"{self.max_context}, output included; shorten the prompt",
                 "prompt",
             )
-        wanted = options.max_tokens if options.max_tokens is not None else room
-        if wanted > room:
+        if wanted is not None and wanted > room:
             raise RequestError(
-                f"{len(prompt_ids)} prompt tokens + max_tokens {wanted} exceed the context of "
+                f"{prompt_tokens} prompt tokens + max_tokens {str(wanted)[:20]} exceed the context of "
                 f"{self.max_context}; ask for at most {room} tokens",
                 "max_tokens",
             )
+        return room if wanted is None else wanted
+
+    def _check_stops(self, options: Options) -> None:
+        if len(options.stop) > MAX_STOPS or "" in options.stop:
+            raise RequestError(
+                f"stop takes at most {MAX_STOPS} strings, none of them empty", "stop"
+            )
+        if len(options.stop_token_ids) > MAX_STOP_IDS:
+            raise RequestError(f"stop_token_ids takes at most {MAX_STOP_IDS} ids", "stop_token_ids")
+        self._check_ids(options.stop_token_ids, "stop_token_ids")
         if options.stop and self.tokenizer is None:
             raise RequestError(
                 "this checkpoint has no tokenizer, so stop strings cannot be found; "
                 "use stop_token_ids",
                 "stop",
             )
-        seed = options.seed if options.seed is not None else secrets.randbits(63)
-        return Request(
-            id=secrets.token_hex(12),
-            prompt_ids=tuple(prompt_ids),
-            max_tokens=wanted,
-            sampling=Sampling(
-                options.temperature, options.top_p, max(options.top_k, 0), seed % (1 << 63)
-            ),
-            stop_ids=(self.model.eos_token_id, *options.stop_token_ids),
-            ignore_eos=options.ignore_eos,
-        )
 
     async def _deltas(
-        self,
-        generation: Generation,
-        request: Request,
-        options: Options,
-        splitter: ReasoningSplitter | None,
+        self, usage: Usage, request: Request, assembler: Assembler
     ) -> AsyncGenerator[Delta, None]:
-        watch, metrics = Stopwatch(self.metrics), self.metrics
-        metrics.running.inc()
-        metrics.prompt_tokens.inc(generation.usage.prompt_tokens)
-        reason = "abort"
+        watch = Stopwatch(self.metrics, usage.prompt_tokens)
+        reason, refusal = "abort", None
         try:
-            assembler = Assembler(self.tokenizer, options.stop, splitter, request.stop_ids)
             async with aclosing(self.client.generate(request)) as events:
                 async for event in events:
-                    if event.token >= 0:
-                        watch.token()
-                        generation.usage.completion_tokens += 1
-                    if event.finish in ("error", "abort"):
-                        reason = event.finish
-                        yield Delta(finish="error", error=event.error or "the request was ended")
-                        return
-                    ends = event.finish == "stop" and not request.ignore_eos
-                    delta, stopped = assembler.push(event.token, event.finish, ends)
-                    if stopped or event.finish is not None:
-                        reason = delta.finish or "stop"
+                    finish = _verdict(event)
+                    watch.token()
+                    usage.completion_tokens += 1
+                    is_end = finish == "stop" and not request.ignore_eos
+                    delta = assembler.push(event.token, finish, is_end)
+                    if delta.finish is not None:
+                        break
+                    if not delta.is_empty:
                         yield delta
-                        return
-                    if delta.content or delta.reasoning or not self.tokenizer:
-                        yield delta
-        except Overloaded:
-            metrics.rejected("overloaded")
-            raise
-        except NotReady:
-            metrics.rejected("not_ready")
-            raise
-        except RequestError:
-            metrics.rejected("invalid")
+                else:
+                    raise EngineFailed("the engine's stream broke off; send the request again")
+            # The engine is let go before the last delta is out, however slow the client.
+            reason = delta.finish
+            yield delta
+        except Exception as error:
+            reason, refusal = "error", None if watch.tokens else _refusal(error)
             raise
         finally:
-            metrics.running.dec()
-            watch.end(reason)
+            if refusal is not None:
+                watch.refuse(refusal)
+            else:
+                watch.end(reason)
 
     def _need_tokenizer(self, param: str) -> Tokenizer:
         if self.tokenizer is None:
             raise RequestError(
-                "this checkpoint has no tokenizer; send the prompt as token ids to /v1/completions",
+                "this checkpoint has no tokenizer; send the prompt as token ids to the "
+                "completion endpoint",
                 param,
             )
         return self.tokenizer
 
-    def _encode(self, tokenizer: Tokenizer, text: str, param: str) -> list[int]:
-        _check_unicode(text, param)
-        return tokenizer.encode_text(text)
-
-    def _check_ids(self, ids: list[int]) -> list[int]:
-        if not ids:
-            raise RequestError("prompt is empty; send at least one token id", "prompt")
+    def _check_ids(self, ids: Sequence[int], param: str) -> None:
         wrong = next((i for i in ids if not 0 <= i < self.model.vocab_size), None)
         if wrong is not None:
             raise RequestError(
-                f"token id {wrong} is outside the vocabulary, 0 to {self.model.vocab_size - 1}",
-                "prompt",
+                f"token id {str(wrong)[:20]} is outside the vocabulary, 0 to {self.model.vocab_size - 1}",
+                param,
             )
-        return ids
 
 
-class Assembler:
-    """Turns tokens into text deltas: whole characters, stop strings held back, markers dropped."""
+def _refusal(error: Exception) -> str | None:
+    kinds = ((RequestError, "invalid"), (Overloaded, "overloaded"), (NotReady, "not_ready"))
+    return next((name for kind, name in kinds if isinstance(error, kind)), None)
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer | None,
-        stop: tuple[str, ...],
-        splitter: ReasoningSplitter | None,
-        stop_ids: tuple[int, ...],
-    ) -> None:
-        self._decoder = tokenizer.detokenizer() if tokenizer else None
-        self._stops, self._splitter, self._stop_ids = StopStrings(stop), splitter, stop_ids
-        self._channel = "reasoning" if splitter and splitter.reasoning else "content"
-        self._tokens: list[int] = []
 
-    def push(self, token: int, finish: str | None, ends: bool) -> tuple[Delta, bool]:
-        """Take a token; returns the delta, and whether a stop string ended the text.
+def _verdict(event: TokenEvent) -> Finish | None:
+    finish: FinishReason | None = event.finish
+    if finish == "error" or finish == "abort":
+        raise EngineFailed(event.error or "the engine gave the request up; send it again")
+    return finish
 
-        Args:
-            finish: the engine's verdict with this token.
-            ends: the token itself is a stop id, which is not text.
-        """
-        channel = self._channel
-        text = ""
-        if token >= 0:
-            self._tokens.append(token)
-        if self._decoder is not None and token >= 0 and not ends:
-            text = self._text(token)
-        if finish is not None and self._decoder is not None:
-            text += self._decoder.flush()
-        text, hit = self._stops.push(text)
-        if finish is not None and not hit:
-            text += self._stops.flush()
-        verdict = "stop" if hit else finish
-        # Tokens whose text is held back travel with the text that follows.
-        tokens: tuple[int, ...] = ()
-        if text or verdict is not None or self._decoder is None:
-            tokens = tuple(self._tokens)
-            self._tokens.clear()
-        if channel == "reasoning":
-            return Delta(reasoning=text, tokens=tokens, finish=verdict), hit
-        return Delta(content=text, tokens=tokens, finish=verdict), hit
 
-    def _text(self, token: int) -> str:
-        assert self._decoder is not None
-        kind = self._splitter.push(token) if self._splitter is not None else "content"
-        if kind != "mark":
-            return self._decoder.push(token)
-        rest = self._decoder.flush() + self._stops.flush()
-        self._channel = "reasoning" if self._splitter and self._splitter.reasoning else "content"
-        return rest
+async def _beside(size: int, encode: Callable[[], list[int]]) -> list[int]:
+    """Encode a long text (`size` characters) on a thread, so that streams go on meanwhile."""
+    return await asyncio.to_thread(encode) if size > _LONG_TEXT else encode()
 
 
 def _check_unicode(text: str, param: str) -> None:

@@ -13,14 +13,14 @@ class StopStrings:
         """Take text; returns what is safe to give out, and whether a stop string was met.
 
         The stop string itself and what follows it are never given out. Of several, the one that
-        begins first counts.
+        is complete first counts (of these the longest), however the text is cut into tokens.
         """
         if not self._stops:
             return text, False
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at + len(s), at) for s in self._stops if (at := self._held.find(s)) >= 0]
         if found:
-            out, self._held = self._held[: min(found)], ""
+            out, self._held = self._held[: min(found)[1]], ""
             return out, True
         keep = max(self._overlap(stop) for stop in self._stops)
         cut = len(self._held) - keep

@@ -57,13 +57,7 @@ def pieces(messages: Sequence[Message], thinking: bool) -> list[Piece]:
     """
     if not messages:
         raise RequestError("messages is empty; send at least one user message", "messages")
-    last = messages[-1]
-    if last.role == "assistant" and not last.prefix:
-        raise RequestError(
-            "the last message is the assistant's; end with a user message, or set "
-            "prefix: true on it to have it continued",
-            "messages",
-        )
+    _check_end(messages)
     return [Piece(BOS, True), *_turns(messages, thinking)]
 
 
@@ -81,6 +75,28 @@ def render(messages: Sequence[Message], thinking: bool, encoder: Encoder) -> lis
 def render_text(messages: Sequence[Message], thinking: bool) -> str:
     """The prompt as one string (for people and tests; never encode it)."""
     return "".join(piece.text for piece in pieces(messages, thinking))
+
+
+def _check_end(messages: Sequence[Message]) -> None:
+    last = messages[-1]
+    if last.prefix and last.role != "assistant":
+        raise RequestError(
+            f"prefix: true is on a message of role {last.role}; it belongs on the assistant's",
+            "messages",
+        )
+    if last.role == "assistant" and not last.prefix:
+        raise RequestError(
+            "the last message is the assistant's; end with a user message, or set "
+            "prefix: true on it to have it continued",
+            "messages",
+        )
+    asked = messages[-2:-1] if last.prefix else messages[-1:]
+    if not asked or asked[0].role != "user":
+        raise RequestError(
+            f"there is no user message {'before the prefix' if last.prefix else 'at the end'}; "
+            "add one for the model to answer",
+            "messages",
+        )
 
 
 def _turns(messages: Sequence[Message], thinking: bool) -> Iterator[Piece]:

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class InferenceStub:
-    """Generates text. Every RPC takes the metadata key `authorization` where the server asks for it.
+    """Generates text.
     """
 
     def __init__(self, channel):
@@ -63,7 +63,7 @@ class InferenceStub:
 
 
 class InferenceServicer:
-    """Generates text. Every RPC takes the metadata key `authorization` where the server asks for it.
+    """Generates text.
     """
 
     def Complete(self, request, context):
@@ -138,7 +138,7 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference:
-    """Generates text. Every RPC takes the metadata key `authorization` where the server asks for it.
+    """Generates text.
     """
 
     @staticmethod

@@ -1,226 +1,334 @@
-"""The gRPC service on a loopback socket, over a scripted engine."""
+"""The gRPC API over a real socket and a scripted engine."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import pytest
+from edge import MAX_BYTES, TOKENIZER, Edge, edge, make_service
 from engines import Scripted
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from test_http import IDS, TEXT, TOKENIZER, service
 
-from whalepod.errors import NotReady, Overloaded
+from whalepod.errors import ConfigError, NotReady, Overloaded
 from whalepod.ingress.grpc import NAME, GrpcServer
 from whalepod.protos import inference_pb2 as pb
 from whalepod.protos import inference_pb2_grpc as pb_grpc
 
-LIMIT = 10_000
+T = TypeVar("T")
+Code = grpc.StatusCode
+TEXT = "The whale swam past 鲸 the harbour"
+IDS = TOKENIZER.encode_text(TEXT)
+GOOD = pb.CompleteRequest(text="x", sampling=pb.Sampling(max_tokens=2))
+HELLO = [pb.Message(role=pb.ROLE_USER, content="hi")]
 
 
-def served(engine: Scripted, body: Callable[[grpc.aio.Channel], Awaitable[None]]) -> None:
-    async def run() -> None:
-        server = GrpcServer(
-            service(engine), "127.0.0.1", 0, max_bytes=LIMIT, default_thinking=False
-        )
-        await server.start()
-        try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-                await asyncio.wait_for(body(channel), 20)
-        finally:
-            await server.stop(0)
+def with_channel(
+    engine: Scripted, act: Callable[[Edge, Any], Awaitable[T]], tokenizer: Any = TOKENIZER
+) -> T:
+    async def run() -> T:
+        async with (
+            edge(engine, tokenizer, http=False) as servers,
+            grpc.aio.insecure_channel(servers.grpc) as channel,
+            asyncio.timeout(20),
+        ):
+            return await act(servers, channel)
 
-    asyncio.run(run())
+    return asyncio.run(run())
 
 
-def request(**sampling: Any) -> Any:
-    return pb.CompleteRequest(
-        text="x", sampling=pb.Sampling(**{"max_tokens": len(IDS), **sampling})
+def with_stub(
+    engine: Scripted, act: Callable[[Edge, Any], Awaitable[T]], tokenizer: Any = TOKENIZER
+) -> T:
+    return with_channel(engine, lambda e, c: act(e, pb_grpc.InferenceStub(c)), tokenizer)
+
+
+async def failure_of(call: Any) -> Any:
+    """The error that ends a call."""
+    with pytest.raises(grpc.RpcError) as failure:
+        await (call.read() if isinstance(call, grpc.aio.UnaryStreamCall) else call)
+    return failure.value
+
+
+def test_completion_whole_and_streamed() -> None:
+    request = pb.CompleteRequest(
+        model="tiny", text="x", sampling=pb.Sampling(max_tokens=len(IDS), temperature=0)
     )
 
+    async def act(servers: Edge, stub: Any) -> tuple[Any, list[Any]]:
+        return await stub.Complete(request), [part async for part in stub.CompleteStream(request)]
 
-def test_complete_and_stream() -> None:
-    async def body(channel: grpc.aio.Channel) -> None:
-        stub = pb_grpc.InferenceStub(channel)
-        whole = await stub.Complete(request())
-        assert whole.text == TEXT
-        assert list(whole.token_ids) == IDS
-        assert whole.finish_reason == pb.FINISH_REASON_LENGTH
-        assert whole.usage.completion_tokens == len(IDS)
-        parts = [part async for part in stub.CompleteStream(request())]
-        assert "".join(p.text for p in parts) == TEXT
-        assert [t for p in parts for t in p.token_ids] == IDS
-        assert [p.finish_reason for p in parts[:-1]] == [0] * (len(parts) - 1)
-        assert parts[-1].usage == whole.usage
-        stopped = await stub.Complete(request(stop=["past"]))
-        assert (stopped.text, stopped.finish_reason) == ("The whale swam ", pb.FINISH_REASON_STOP)
-        models = (await stub.ListModels(pb.ListModelsRequest())).models
-        assert [(m.id, m.max_context) for m in models] == [("tiny", 200)]
-
-    served(Scripted(IDS), body)
+    whole, parts = with_stub(Scripted(IDS), act)
+    assert whole.text == "".join(p.text for p in parts) == TEXT
+    assert list(whole.token_ids) == [t for p in parts for t in p.token_ids] == IDS
+    assert whole.finish_reason == parts[-1].finish_reason == pb.FINISH_REASON_LENGTH
+    assert whole.usage.completion_tokens == len(IDS)
+    assert whole.usage == parts[-1].usage
+    assert all(p.finish_reason == pb.FINISH_REASON_UNSPECIFIED for p in parts[:-1])
+    assert not any(p.HasField("usage") for p in parts[:-1])
+    assert len({p.id for p in parts}) == 1
 
 
-def test_chat() -> None:
-    script = [*TOKENIZER.encode_text("hm"), TOKENIZER.control_id("</think>"), *IDS, 1]
+def test_chat_splits_reasoning_from_the_answer() -> None:
+    end, eos = TOKENIZER.control_id("</think>"), 1
+    script = [*TOKENIZER.encode_text("hmm, 鲸"), end, *TOKENIZER.encode_text("Yes."), eos, 5]
+    request = pb.ChatRequest(messages=HELLO, thinking=True)
 
-    async def body(channel: grpc.aio.Channel) -> None:
-        stub = pb_grpc.InferenceStub(channel)
-        messages = [pb.Message(role=pb.ROLE_USER, content="?")]
-        answer = await stub.Chat(pb.ChatRequest(messages=messages, thinking=True))
-        assert (answer.reasoning_content, answer.content) == ("hm", TEXT)
-        assert answer.finish_reason == pb.FINISH_REASON_STOP
+    async def act(servers: Edge, stub: Any) -> tuple[Any, list[Any]]:
+        return await stub.Chat(request), [part async for part in stub.ChatStream(request)]
 
-    served(Scripted(script), body)
+    whole, parts = with_stub(Scripted(script), act)
+    assert (whole.reasoning_content, whole.content) == ("hmm, 鲸", "Yes.")
+    assert whole.finish_reason == pb.FINISH_REASON_STOP
+    assert "".join(p.reasoning_content for p in parts) == "hmm, 鲸"
+    assert "".join(p.content for p in parts) == "Yes."
+    assert list(whole.token_ids) == [t for p in parts for t in p.token_ids] == script[:-1]
 
 
-USER = pb.Message(role=pb.ROLE_USER, content="x")
-BAD: list[tuple[str, Any, grpc.StatusCode, str]] = [
-    ("Complete", pb.CompleteRequest(), grpc.StatusCode.INVALID_ARGUMENT, "input is missing"),
-    ("Complete", pb.CompleteRequest(text=""), grpc.StatusCode.INVALID_ARGUMENT, "prompt is empty"),
-    (
-        "Complete",
-        pb.CompleteRequest(tokens=pb.TokenIds()),
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "empty",
-    ),
-    (
-        "Complete",
-        pb.CompleteRequest(tokens=pb.TokenIds(ids=[1024])),
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "1024 is outside the vocabulary",
-    ),
-    (
-        "Complete",
-        pb.CompleteRequest(tokens=pb.TokenIds(ids=[5] * 300)),
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "300 tokens",
-    ),
-    ("Complete", request(max_tokens=0), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens is 0"),
-    ("Complete", request(max_tokens=500), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens 500"),
-    ("Complete", request(temperature=-1), grpc.StatusCode.INVALID_ARGUMENT, "temperature is -1"),
-    (
-        "Complete",
-        request(temperature=float("nan")),
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "temperature",
-    ),
-    ("Complete", request(top_p=0), grpc.StatusCode.INVALID_ARGUMENT, "top_p is 0"),
-    ("Complete", request(top_p=1.5), grpc.StatusCode.INVALID_ARGUMENT, "top_p is 1.5"),
-    ("Complete", request(stop=[""]), grpc.StatusCode.INVALID_ARGUMENT, "stop takes at most 16"),
-    (
-        "Complete",
-        request(stop=["a"] * 17),
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "stop takes at most 16",
-    ),
-    ("Complete", pb.CompleteRequest(model="gpt", text="x"), grpc.StatusCode.NOT_FOUND, "'gpt'"),
-    (
-        "Complete",
-        pb.CompleteRequest(text="x" * LIMIT),
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        "larger",
-    ),
-    ("Chat", pb.ChatRequest(), grpc.StatusCode.INVALID_ARGUMENT, "messages is empty"),
+def test_settings_reach_the_engine_and_unset_ones_are_defaults() -> None:
+    engine = Scripted(IDS)
+    sampling = pb.Sampling(
+        temperature=0, top_p=0.5, top_k=7, seed=2**64 - 1, stop_token_ids=[9], ignore_eos=True
+    )
+    asked = pb.CompleteRequest(tokens=pb.TokenIds(ids=[5, 6]), sampling=sampling)
+
+    async def act(servers: Edge, stub: Any) -> None:
+        await stub.Complete(asked)
+        await stub.Complete(pb.CompleteRequest(text="x"))
+
+    with_stub(engine, act)
+    first, second = engine.requests
+    assert first.prompt_ids == (5, 6)
+    assert (first.sampling.temperature, first.sampling.top_p) == (0, 0.5)
+    assert (first.sampling.top_k, first.sampling.seed) == (7, 2**63 - 1)
+    assert first.stop_ids == (1, 9)
+    assert first.ignore_eos
+    assert (second.sampling.temperature, second.sampling.top_p) == (1, 1)
+    assert (second.sampling.top_k, second.stop_ids, second.ignore_eos) == (0, (1,), False)
+    assert second.max_tokens == 200 - len(second.prompt_ids)
+
+
+def complete(text: str = "x", model: str = "", ids: Any = None, **sampling: Any) -> bytes:
+    request = pb.CompleteRequest(model=model, sampling=pb.Sampling(**sampling))
+    if ids is None:
+        request.text = text
+    else:
+        request.tokens.ids.extend(ids)
+    return bytes(request.SerializeToString())
+
+
+def chat(*messages: pb.Message, **sampling: Any) -> bytes:
+    request = pb.ChatRequest(messages=messages, sampling=pb.Sampling(**sampling))
+    return bytes(request.SerializeToString())
+
+
+def said(content: str, **fields: Any) -> pb.Message:
+    return pb.Message(role=pb.ROLE_ASSISTANT, content=content, **fields)
+
+
+BAD = [
+    ("Complete", b"", Code.INVALID_ARGUMENT, "input: input is missing; set text or tokens"),
+    ("Complete", complete(""), Code.INVALID_ARGUMENT, "input: the prompt is empty"),
+    ("Complete", complete(ids=[]), Code.INVALID_ARGUMENT, "input: the prompt is empty"),
+    ("Complete", complete(ids=[5, 1024]), Code.INVALID_ARGUMENT, "input: token id 1024 is outside"),
+    ("Complete", complete(ids=[2**32 - 1]), Code.INVALID_ARGUMENT, "input: token id 4294967295"),
+    ("Complete", complete(ids=[5] * 200), Code.INVALID_ARGUMENT, "input: the prompt has 200"),
+    ("Complete", complete("word " * 400), Code.INVALID_ARGUMENT, "the context holds 200"),
+    ("Complete", complete(max_tokens=0), Code.INVALID_ARGUMENT, "sampling.max_tokens: "),
+    ("Complete", complete(max_tokens=200), Code.INVALID_ARGUMENT, "sampling.max_tokens: "),
+    ("Complete", complete(max_tokens=2**32 - 1), Code.INVALID_ARGUMENT, "ask for at most"),
+    ("Complete", complete(temperature=-0.5), Code.INVALID_ARGUMENT, "sampling.temperature: "),
+    ("Complete", complete(temperature=2.5), Code.INVALID_ARGUMENT, "2.5; expected 0 to 2"),
+    ("Complete", complete(temperature=float("nan")), Code.INVALID_ARGUMENT, "is nan; expected"),
+    ("Complete", complete(temperature=float("inf")), Code.INVALID_ARGUMENT, "is inf; expected"),
+    ("Complete", complete(top_p=0), Code.INVALID_ARGUMENT, "sampling.top_p: top_p is 0"),
+    ("Complete", complete(top_p=1.5), Code.INVALID_ARGUMENT, "above 0, at most 1"),
+    ("Complete", complete(stop=[""]), Code.INVALID_ARGUMENT, "sampling.stop: "),
+    ("Complete", complete(stop=["a"] * 17), Code.INVALID_ARGUMENT, "at most 16 strings"),
+    ("Complete", complete(stop_token_ids=[1024]), Code.INVALID_ARGUMENT, "sampling.stop_token_ids"),
+    ("Complete", complete(stop_token_ids=[1] * 129), Code.INVALID_ARGUMENT, "at most 128 ids"),
+    ("Complete", complete(model="gpt"), Code.NOT_FOUND, "'gpt' is not served here; use 'tiny'"),
+    ("Complete", complete(model="g" * 50_000), Code.NOT_FOUND, "use 'tiny'"),
+    ("Complete", b"\x12\x02\xff\xfe", Code.INVALID_ARGUMENT, "bad UTF-8"),
+    ("Complete", b"\xff\xff", Code.INVALID_ARGUMENT, "no protobuf message of this RPC"),
+    ("Complete", b"x" * (MAX_BYTES + 1), Code.INVALID_ARGUMENT, f"{MAX_BYTES} are allowed"),
+    ("Complete", b"x" * 20_000_000, Code.RESOURCE_EXHAUSTED, "larger than max"),
+    ("Chat", chat(), Code.INVALID_ARGUMENT, "messages: messages is empty"),
+    ("Chat", chat(pb.Message(content="x")), Code.INVALID_ARGUMENT, "messages: role 0"),
+    ("Chat", chat(pb.Message(role=9, content="x")), Code.INVALID_ARGUMENT, "messages: role 9"),  # type: ignore[arg-type]
+    ("Chat", chat(*HELLO, said("x")), Code.INVALID_ARGUMENT, "messages: the last message"),
+    ("Chat", chat(said("x", prefix=True)), Code.INVALID_ARGUMENT, "no user message"),
     (
         "Chat",
-        pb.ChatRequest(messages=[pb.Message(content="x")]),
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "role 0 is unknown",
+        chat(pb.Message(role=pb.ROLE_SYSTEM, content="S")),
+        Code.INVALID_ARGUMENT,
+        "no user message",
     ),
-    (
-        "Chat",
-        pb.ChatRequest(messages=[USER, pb.Message(role=pb.ROLE_ASSISTANT, content="y")]),
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "prefix: true",
-    ),
+    ("Chat", chat(*HELLO, max_tokens=0), Code.INVALID_ARGUMENT, "sampling.max_tokens: "),
+    ("Chat", b"\xff\xff", Code.INVALID_ARGUMENT, "no protobuf message"),
+    ("ListModels", b"\xff\xff", Code.INVALID_ARGUMENT, "no protobuf message"),
+    ("Nothing", b"", Code.UNIMPLEMENTED, ""),
 ]
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["unary", "stream"])
-def test_bad_requests_have_codes_and_the_server_goes_on(streaming: bool) -> None:
-    async def body(channel: grpc.aio.Channel) -> None:
-        stub = pb_grpc.InferenceStub(channel)
-        for method, bad, code, fact in BAD:
-            with pytest.raises(grpc.aio.AioRpcError) as failure:  # noqa: PT012
-                if streaming:
-                    async for _ in getattr(stub, f"{method}Stream")(bad):
-                        pass
-                else:
-                    await getattr(stub, method)(bad)
-            assert failure.value.code() is code, bad
-            assert fact in (failure.value.details() or "")
-            assert (await stub.Complete(request())).text == TEXT
+@pytest.mark.parametrize("streamed", [False, True])
+def test_bad_requests_are_explained_and_the_server_goes_on(streamed: bool) -> None:
+    async def act(servers: Edge, channel: Any) -> None:
+        good = pb_grpc.InferenceStub(channel)
+        for method, message, code, fact in BAD:
+            if streamed and method not in ("Complete", "Chat"):
+                continue
+            path = f"/{NAME}/{method}{'Stream' if streamed else ''}"
+            kind = channel.unary_stream if streamed else channel.unary_unary
+            found = await failure_of(kind(path)(message))
+            assert found.code() is code, (method, message[:80], found)
+            assert fact in found.details(), (method, message[:80], found)
+            answer = await good.Complete(GOOD)
+            assert answer.finish_reason == pb.FINISH_REASON_LENGTH
 
-    served(Scripted(IDS), body)
+    with_channel(Scripted(IDS), act)
 
 
+@pytest.mark.parametrize("method", ["Complete", "CompleteStream"])
 @pytest.mark.parametrize(
-    ("failure", "code"),
+    ("failure", "code", "says"),
     [
-        (Overloaded("full", 1), grpc.StatusCode.RESOURCE_EXHAUSTED),
-        (NotReady("nobody"), grpc.StatusCode.UNAVAILABLE),
-        (ZeroDivisionError("secret"), grpc.StatusCode.INTERNAL),
+        (Overloaded("the queue is full", 2.5), Code.RESOURCE_EXHAUSTED, "the queue is full"),
+        (NotReady("no member serves"), Code.UNAVAILABLE, "no member serves"),
+        (ZeroDivisionError("secret"), Code.INTERNAL, "the server failed (ZeroDivisionError)"),
     ],
 )
-def test_engine_faults_have_codes_and_no_traceback(
-    failure: Exception, code: grpc.StatusCode
+def test_engine_faults_have_their_own_code_and_no_traceback(
+    method: str, failure: Exception, code: Any, says: str
 ) -> None:
+    async def act(servers: Edge, stub: Any) -> Any:
+        return await failure_of(getattr(stub, method)(GOOD))
+
     engine = Scripted(IDS)
     engine.failure = failure
+    error = with_stub(engine, act)
+    assert error.code() is code
+    assert says in error.details()
+    assert "secret" not in error.details()
+    assert "Traceback" not in error.details()
+    if isinstance(failure, Overloaded):
+        assert dict(error.trailing_metadata())["retry-after"] == "3"
 
-    async def body(channel: grpc.aio.Channel) -> None:
-        with pytest.raises(grpc.aio.AioRpcError) as error:
-            await pb_grpc.InferenceStub(channel).Complete(request())
-        assert error.value.code() is code
-        assert "secret" not in (error.value.details() or "")
 
-    served(engine, body)
+def test_without_a_tokenizer_ids_go_in_and_out() -> None:
+    async def act(servers: Edge, stub: Any) -> Any:
+        for call in (stub.Complete(GOOD), stub.Chat(pb.ChatRequest(messages=HELLO))):
+            found = await failure_of(call)
+            assert found.code() is Code.INVALID_ARGUMENT
+            assert "send the prompt as token ids" in found.details()
+        return await stub.Complete(pb.CompleteRequest(tokens=pb.TokenIds(ids=[5])))
+
+    whole = with_stub(Scripted([7, 8, 1, 9]), act, tokenizer=None)
+    assert list(whole.token_ids) == [7, 8, 1]
+    assert whole.text == ""
 
 
-def test_deadlines_and_cancellation_reach_the_engine() -> None:
-    engine = Scripted(IDS * 100, pause_s=0.02)
+@pytest.mark.parametrize("how", ["cancel", "deadline", "close"])
+@pytest.mark.parametrize("method", ["Complete", "CompleteStream"])
+def test_a_client_that_goes_away_cancels_its_request(how: str, method: str) -> None:
+    request = pb.CompleteRequest(text="x", sampling=pb.Sampling(max_tokens=150))
 
-    async def body(channel: grpc.aio.Channel) -> None:
+    async def act(servers: Edge, channel: Any) -> None:
         stub = pb_grpc.InferenceStub(channel)
-        with pytest.raises(grpc.aio.AioRpcError) as late:
-            await stub.Complete(request(max_tokens=150), timeout=0.2)
-        assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        call = stub.CompleteStream(request(max_tokens=150))
-        async for _ in call:
+        call = getattr(stub, method)(request, timeout=0.3 if how == "deadline" else 20)
+        if method == "CompleteStream":
+            await call.read()
+        else:
+            while not servers.engine.requests:
+                await asyncio.sleep(0.005)
+        if how == "cancel":
             call.cancel()
-            break
-        while len(engine.cancelled) < 2:
-            await asyncio.sleep(0.01)
+        elif how == "close":
+            await channel.close()
+        await servers.until_cancelled()
+        if how == "deadline":
+            assert await call.code() is Code.DEADLINE_EXCEEDED
 
-    served(engine, body)
+    with_channel(Scripted(IDS * 50, pause_s=0.02), act)
 
 
-def test_health_follows_readiness_and_reflection_lists_the_service() -> None:
-    engine = Scripted(IDS)
+def test_health_follows_the_engine() -> None:
+    async def act(servers: Edge, channel: Any) -> None:
+        stub = health_pb2_grpc.HealthStub(channel)
+        kind = health_pb2.HealthCheckResponse
+        for service in ("", NAME):
+            watch = stub.Watch(health_pb2.HealthCheckRequest(service=service))
+            seen = [(await watch.read()).status]
+            while seen[-1] != kind.SERVING:
+                seen.append((await watch.read()).status)
+            servers.engine.reason = "waiting for an expert member"
+            assert (await watch.read()).status == kind.NOT_SERVING
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+            assert answer.status == kind.NOT_SERVING
+            servers.engine.reason = None
+            assert (await watch.read()).status == kind.SERVING
+        found = await failure_of(stub.Check(health_pb2.HealthCheckRequest(service="nothing")))
+        assert found.code() is Code.NOT_FOUND
 
-    async def body(channel: grpc.aio.Channel) -> None:
-        health = health_pb2_grpc.HealthStub(channel)
-        statuses = health_pb2.HealthCheckResponse
+    with_channel(Scripted(IDS), act)
 
-        async def check(name: str) -> Any:
-            return (await health.Check(health_pb2.HealthCheckRequest(service=name))).status
 
-        while await check(NAME) != statuses.SERVING:
-            await asyncio.sleep(0.02)
-        assert await check("") == statuses.SERVING
-        engine.reason = "an epoch"
-        while await check("") != statuses.NOT_SERVING:
-            await asyncio.sleep(0.02)
-        with pytest.raises(grpc.aio.AioRpcError) as unknown:
-            await check("other.Service")
-        assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+def test_health_survives_an_engine_that_cannot_be_asked() -> None:
+    class Mute(Scripted):
+        async def ready(self) -> str | None:
+            if self.reason == "mute":
+                raise ConnectionError("gone")
+            return self.reason
+
+    async def act(servers: Edge, channel: Any) -> None:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest())
+        kind = health_pb2.HealthCheckResponse
+        assert (await watch.read()).status == kind.NOT_SERVING
+        servers.engine.reason = None
+        assert (await watch.read()).status == kind.SERVING
+
+    engine = Mute(IDS)
+    engine.reason = "mute"
+    with_channel(engine, act)
+
+
+def test_reflection_names_the_service_and_gives_its_file() -> None:
+    async def ask(channel: Any, **request: str) -> Any:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        asked = reflection_pb2.ServerReflectionRequest(list_services="")
-        async for reply in stub.ServerReflectionInfo(iter([asked])):
-            names = {s.name for s in reply.list_services_response.service}
-            assert {NAME, "grpc.health.v1.Health"} <= names
+        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(**request)]))
+        return await call.read()
 
-    served(engine, body)
+    async def act(servers: Edge, channel: Any) -> tuple[Any, Any]:
+        listed = await ask(channel, list_services="")
+        return listed, await ask(channel, file_containing_symbol=NAME)
+
+    listed, found = with_channel(Scripted(), act)
+    names = {s.name for s in listed.list_services_response.service}
+    assert {NAME, "grpc.health.v1.Health"} <= names
+    assert pb.DESCRIPTOR.serialized_pb in found.file_descriptor_response.file_descriptor_proto
+
+
+def test_models_are_listed() -> None:
+    async def act(servers: Edge, stub: Any) -> Any:
+        return await stub.ListModels(pb.ListModelsRequest())
+
+    (model,) = with_stub(Scripted(), act).models
+    assert (model.id, model.max_context) == ("tiny", 200)
+
+
+def test_a_taken_port_is_named() -> None:
+    async def act(port: int) -> None:
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
+            GrpcServer(
+                make_service(Scripted()), "127.0.0.1", port, max_bytes=1, default_thinking=False
+            )
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        asyncio.run(act(taken.getsockname()[1]))

@@ -6,7 +6,6 @@ Names and buckets are vLLM's, so its dashboards and autoscaler triggers work unc
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -22,6 +21,7 @@ _E2E = (
     *(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960),
     *(1920, 7680),
 )
+_TOKENS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
 
 
 class Metrics:
@@ -30,37 +30,37 @@ class Metrics:
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._model = model_name
-        self.running = self._gauge("num_requests_running", "Requests that have been submitted")
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens taken in")
+        self.running = self._gauge("num_requests_running", "Requests that are getting tokens")
+        self.waiting = self._gauge(
+            "num_requests_waiting", "Requests taken in that have no first token yet"
+        )
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
-        self._success = Counter(
-            "vllm:request_success",
-            "Requests by how they ended",
-            ["model_name", "finished_reason"],
-            registry=self.registry,
-        )
-        self._rejections = Counter(
-            "vllm:admission_rejections",
-            "Requests refused",
-            ["model_name", "reason"],
-            registry=self.registry,
-        )
+        self._success = self._by("request_success", "Requests by how they ended", "finished_reason")
+        self._rejections = self._by("admission_rejections", "Requests refused", "reason")
         self.first_token = self._histogram(
             "time_to_first_token_seconds", "From arrival to the first token", _TTFT
         )
         self.between_tokens = self._histogram(
             "inter_token_latency_seconds", "Between one token and the next", _ITL
         )
+        self.per_token = self._histogram(
+            "request_time_per_output_token_seconds", "Mean over a request's later tokens", _ITL
+        )
         self.whole = self._histogram(
             "e2e_request_latency_seconds", "From arrival to the last token", _E2E
         )
+        self.prompt_size = self._histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS)
+        self.output_size = self._histogram(
+            "request_generation_tokens", "Tokens generated for a request", _TOKENS
+        )
 
     def finished(self, reason: str) -> None:
-        """Count an ended request."""
+        """Count an ended request: `stop`, `length`, `abort` (client gone) or `error`."""
         self._success.labels(self._model, reason).inc()
 
     def rejected(self, reason: str) -> None:
-        """Count a refused request."""
+        """Count a refused request: `invalid`, `overloaded` or `not_ready`."""
         self._rejections.labels(self._model, reason).inc()
 
     def render(self) -> bytes:
@@ -75,6 +75,9 @@ class Metrics:
         counter = Counter(f"vllm:{name}", text, ["model_name"], registry=self.registry)
         return counter.labels(self._model)
 
+    def _by(self, name: str, text: str, label: str) -> Counter:
+        return Counter(f"vllm:{name}", text, ["model_name", label], registry=self.registry)
+
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         histogram = Histogram(
             f"vllm:{name}", text, ["model_name"], registry=self.registry, buckets=buckets
@@ -82,25 +85,47 @@ class Metrics:
         return histogram.labels(self._model)
 
 
-@dataclass(slots=True)
 class Stopwatch:
-    """Times one request and puts what it finds into the histograms."""
+    """Times one request and puts what it finds into the metrics; begins when it is made."""
 
-    metrics: Metrics
-    started: float = field(default_factory=time.perf_counter)
-    last: float = 0.0
+    def __init__(self, metrics: Metrics, prompt_tokens: int) -> None:
+        self._metrics, self._prompt_tokens = metrics, prompt_tokens
+        self._started = time.perf_counter()
+        self._first = self._last = 0.0
+        self.tokens = 0
+        metrics.waiting.inc()
 
     def token(self) -> None:
         """A token has come."""
-        now = time.perf_counter()
-        if self.last:
-            self.metrics.between_tokens.observe(now - self.last)
+        now, metrics = time.perf_counter(), self._metrics
+        if self.tokens:
+            metrics.between_tokens.observe(now - self._last)
         else:
-            self.metrics.first_token.observe(now - self.started)
-        self.last = now
-        self.metrics.generation_tokens.inc()
+            self._first = now
+            metrics.first_token.observe(now - self._started)
+            metrics.waiting.dec()
+            metrics.running.inc()
+            metrics.prompt_tokens.inc(self._prompt_tokens)
+        self._last = now
+        self.tokens += 1
+        metrics.generation_tokens.inc()
 
     def end(self, reason: str) -> None:
-        """The request has ended."""
-        self.metrics.whole.observe(time.perf_counter() - self.started)
-        self.metrics.finished(reason)
+        """The request has ended after it was taken in."""
+        metrics = self._metrics
+        self._leave()
+        metrics.finished(reason)
+        metrics.whole.observe(time.perf_counter() - self._started)
+        metrics.prompt_size.observe(self._prompt_tokens)
+        metrics.output_size.observe(self.tokens)
+        if self.tokens > 1:
+            metrics.per_token.observe((self._last - self._first) / (self.tokens - 1))
+
+    def refuse(self, reason: str) -> None:
+        """The engine did not take the request in."""
+        self._leave()
+        self._metrics.rejected(reason)
+
+    def _leave(self) -> None:
+        gauge = self._metrics.running if self.tokens else self._metrics.waiting
+        gauge.dec()

@@ -1,0 +1,96 @@
+"""From tokens to text deltas: whole characters, stop strings held back, markers left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from whalepod.ingress.stops import StopStrings
+from whalepod.model.chat import ReasoningSplitter
+
+Finish = Literal["stop", "length"]
+
+
+class Decoder(Protocol):
+    """Decodes one stream of ids, giving out whole characters only."""
+
+    def push(self, token_id: int) -> str:
+        """Take an id; returns the text that is now certain."""
+        ...
+
+    def flush(self) -> str:
+        """Give out what is left."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text (and the tokens behind it); `finish` is set on the last one of a request."""
+
+    content: str = ""
+    reasoning: str = ""
+    tokens: tuple[int, ...] = ()
+    finish: Finish | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to tell a client."""
+        return not (self.content or self.reasoning or self.tokens or self.finish)
+
+
+class Assembler:
+    """The text of one request, token by token.
+
+    Args:
+        decoder: None when the checkpoint has no tokenizer; deltas then carry tokens alone.
+        stop: strings that end the text and are no part of it.
+        splitter: tells reasoning from content; None for a plain completion.
+    """
+
+    def __init__(
+        self, decoder: Decoder | None, stop: tuple[str, ...], splitter: ReasoningSplitter | None
+    ) -> None:
+        self._decoder, self._splitter = decoder, splitter
+        self._stops = StopStrings(stop)
+        self._tokens: list[int] = []
+
+    def push(self, token: int, finish: Finish | None, is_end: bool) -> Delta:
+        """Take a token. A delta with `finish` set is the last, whatever the engine has to add.
+
+        Args:
+            finish: the engine's verdict with this token.
+            is_end: the token is the stop id that ended the text; it is no text itself.
+        """
+        self._tokens.append(token)
+        if self._decoder is None:
+            return self._delta("", "", finish)
+        reasoning, content = "", ""
+        thought = self._splitter is not None and self._splitter.reasoning
+        text, met = "", False
+        if not is_end:
+            kind = self._splitter.push(token) if self._splitter is not None else "content"
+            if kind == "mark":
+                # The channel may end here: what it still holds belongs to it.
+                text, met = self._drain(self._decoder)
+            else:
+                text, met = self._stops.push(self._decoder.push(token))
+        if finish is not None and not met:
+            rest, met = self._drain(self._decoder)
+            text += rest
+        if thought:
+            reasoning = text
+        else:
+            content = text
+        return self._delta(reasoning, content, "stop" if met else finish)
+
+    def _drain(self, decoder: Decoder) -> tuple[str, bool]:
+        text, met = self._stops.push(decoder.flush())
+        return (text, True) if met else (text + self._stops.flush(), False)
+
+    def _delta(self, reasoning: str, content: str, finish: Finish | None) -> Delta:
+        tokens: tuple[int, ...] = ()
+        # Tokens whose text is held back travel with the text that follows.
+        if reasoning or content or finish or self._decoder is None:
+            tokens = tuple(self._tokens)
+            self._tokens.clear()
+        return Delta(content, reasoning, tokens, finish)

@@ -1,0 +1,77 @@
+"""Both servers on loopback ports over a scripted engine, for tests with real clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass
+
+import uvicorn
+from engines import Scripted
+
+from whalepod.ingress.grpc import GrpcServer
+from whalepod.ingress.http import make_app
+from whalepod.ingress.service import Service
+from whalepod.metrics import Metrics
+from whalepod.model.shape import ModelConfig
+from whalepod.model.tiny import preset_config
+from whalepod.model.tiny_tokenizer import small_tokenizer
+from whalepod.model.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(small_tokenizer(1024))
+MODEL = ModelConfig.from_dict(preset_config("tiny"))
+MAX_CONTEXT, MAX_BYTES = 200, 100_000
+
+
+@dataclass
+class Edge:
+    """Where the servers listen, and what stands behind them."""
+
+    http: str
+    grpc: str
+    engine: Scripted
+    service: Service
+
+    async def until_cancelled(self, count: int = 1) -> None:
+        """Wait until the engine has been told to stop `count` requests."""
+        async with asyncio.timeout(5):
+            while len(self.engine.cancelled) < count:
+                await asyncio.sleep(0.005)
+
+
+def make_service(engine: Scripted, tokenizer: Tokenizer | None = TOKENIZER) -> Service:
+    return Service(engine, tokenizer, "tiny", MODEL, MAX_CONTEXT, Metrics("tiny"))
+
+
+@asynccontextmanager
+async def edge(
+    engine: Scripted, tokenizer: Tokenizer | None = TOKENIZER, *, http: bool = True
+) -> AsyncIterator[Edge]:
+    """Serve gRPC, and HTTP where it is wanted."""
+    service = make_service(engine, tokenizer)
+    grpc = GrpcServer(service, "127.0.0.1", 0, max_bytes=MAX_BYTES, default_thinking=False)
+    await grpc.start()
+    try:
+        async with _uvicorn(service) if http else nullcontext("") as url:
+            yield Edge(url, f"127.0.0.1:{grpc.port}", engine, service)
+    finally:
+        await grpc.stop(0)
+
+
+@asynccontextmanager
+async def _uvicorn(service: Service) -> AsyncIterator[str]:
+    app = make_app(service, max_body_bytes=MAX_BYTES, default_thinking=False)
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, ws="none", lifespan="off", log_level="critical"
+    )
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server._serve())  # `serve` would take over the signals
+    try:
+        async with asyncio.timeout(10):
+            while not server.started:
+                await asyncio.sleep(0.002)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = server.force_exit = True
+        await task
