@@ -199,6 +199,30 @@ def test_the_youngest_gives_way_when_blocks_run_out() -> None:
     assert shape(scheduler.plan()) == [("young", 0, 5)]
 
 
+def test_the_preempted_stand_before_those_that_came_later() -> None:
+    scheduler = Scheduler(2, 2, 4, 64)
+    for name in ("old", "young", "late"):
+        scheduler.add(sequence(name, 4))
+    advance(scheduler, scheduler.plan())
+    advance(scheduler, scheduler.plan())
+    assert [s.request.id for s in scheduler.waiting] == ["young", "late"]
+
+
+def test_who_gives_way_after_being_planned_leaves_the_plan() -> None:
+    scheduler = Scheduler(2, 3, 4, 5)
+    old, young = sequence("old", 9), sequence("young", 4)
+    scheduler.add(old)
+    advance(scheduler, scheduler.plan())  # a chunk of five: two blocks
+    scheduler.add(young)
+    young.slot = scheduler.slots.take(1)[0]
+    scheduler.waiting.remove(young)
+    scheduler.running.append(young)
+    young.computed = 3
+    # The young one decodes and is planned first; the old one then needs the block it took.
+    assert shape(scheduler.plan()) == [("old", 5, 4)]
+    assert (list(scheduler.waiting), young.slot, young.blocks) == ([young], -1, [])
+
+
 def test_drop_frees_whatever_is_held() -> None:
     scheduler = Scheduler(1, 4, 4, 64)
     running, waiting, stranger = (sequence(n, 4) for n in "rws")
