@@ -49,10 +49,13 @@ class Ringer:
 
     def __init__(self, host: str, port: int) -> None:
         self._address = (host, port)
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
 
     def __call__(self) -> None:
         """Send a ring; errors are ignored, the keepalive makes up for it."""
-        with contextlib.suppress(OSError):
-            self._socket.sendto(b"1", self._address)
+        # A socket each time (microseconds, once a request): nothing to close when epochs change.
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as bell,
+        ):
+            bell.setblocking(False)
+            bell.sendto(b"1", self._address)

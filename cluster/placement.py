@@ -149,4 +149,11 @@ def _rebalance(
             best = max(free, key=lambda s: (room[s] - load[s], -s))
             at.append(best)
             load[best] += 1
+    # With several copies the emptiest shard may hold the last experts already: pass others on.
+    while max(load) - min(load) > 1:
+        full, empty = load.index(max(load)), load.index(min(load))
+        at = next(at for at in kept if full in at and empty not in at)
+        at[at.index(full)] = empty
+        load[full] -= 1
+        load[empty] += 1
     return tuple(tuple(ShardIndex(s) for s in at) for at in kept)

@@ -1,56 +1,202 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
+from whalepod.cluster.fabric import Work
 from whalepod.cluster.local_fabric import local_fabrics
-from whalepod.engine import legs
-from whalepod.engine.legs import Form, Incoming, Outgoing, Place
+from whalepod.engine.legs import (
+    HEADER_BYTES,
+    SIZED_BYTES,
+    Form,
+    Incoming,
+    Outgoing,
+    Place,
+    to_home,
+    to_router,
+    to_shard,
+)
 from whalepod.errors import EpochLost
 
 PLACE = Place(3, 17, 1)
+CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [0, 1, 5])
-def test_a_message_round_trips_with_room_to_spare(dtype: torch.dtype, rows: int) -> None:
-    form = Form(4, 6, dtype)
-    ints = torch.randint(-9, 1 << 30, (rows, 4), dtype=torch.int32)
-    values = torch.randn(rows, 6).to(dtype)
-    message = form.pack(PLACE, ints, values)
+def random_message(form: Form, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ints = torch.randint(-(2**31), 2**31 - 1, (rows, form.ints), generator=generator).int()
+    # Random bytes, so that NaNs, infinities and denormals travel too.
+    size = rows * form.width * form.dtype.itemsize
+    data = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+    return ints, data.view(form.dtype).view(rows, form.width)
+
+
+def bits(x: Tensor) -> list[int]:
+    return list(x.contiguous().view(torch.uint8).flatten().tolist())
+
+
+forms = st.builds(
+    Form,
+    ints=st.integers(1, 14),
+    width=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+
+
+@given(forms, st.integers(0, 6), st.integers(0, 9), st.integers(0, 1000))
+def test_pack_and_unpack(form: Form, rows: int, spare: int, seed: int) -> None:
+    ints, x = random_message(form, rows, seed)
+    message = form.pack(PLACE, ints, x)
+    assert message.dtype == torch.uint8
     assert message.numel() == form.bytes_of(rows)
-    padded = torch.cat([message, torch.full((64,), 255, dtype=torch.uint8)])
-    got_ints, got_values = form.unpack(PLACE, padded)
+    padded = torch.cat([message, torch.full((spare,), 255, dtype=torch.uint8)])
+    got_ints, got_x = form.unpack(PLACE, padded)
+    assert got_ints.shape == (rows, form.ints)
     assert torch.equal(got_ints, ints)
-    assert torch.equal(got_values, values)
+    assert (got_x.shape, got_x.dtype) == ((rows, form.width), form.dtype)
+    assert bits(got_x) == bits(x)
 
 
-def test_header_bytes() -> None:
-    message = Form(1, 2, torch.float32).pack(PLACE, torch.tensor([[7]]), torch.zeros(1, 2))
-    expected = b"".join(n.to_bytes(4, "little") for n in (3, 17, 1, 1, 7))
-    assert bytes(message.numpy())[:20] == expected
+def test_pack_takes_wider_ints_and_strided_rows() -> None:
+    form = to_router(4, torch.float32)
+    ids, x = torch.arange(3).unsqueeze(1), torch.arange(24.0).view(3, 8)[:, ::2]
+    ints, rows = form.unpack(PLACE, form.pack(PLACE, ids, x))
+    assert ints.flatten().tolist() == [0, 1, 2]
+    assert torch.equal(rows, x)
 
 
-@pytest.mark.parametrize("other", [Place(2, 17, 1), Place(3, 16, 1), Place(3, 17, 0)])
-def test_another_pass_is_refused(other: Place) -> None:
+def test_layout_is_header_then_ints_then_rows() -> None:
     form = Form(1, 2, torch.float32)
-    message = form.pack(other, torch.tensor([[7]]), torch.zeros(1, 2))
-    with pytest.raises(EpochLost, match="came for"):
+    message = form.pack(PLACE, torch.tensor([[7], [8]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert message[:HEADER_BYTES].view(torch.int32).tolist() == [3, 17, 1, 2]
+    assert message[16:24].view(torch.int32).tolist() == [7, 8]
+    assert message[24:].view(torch.float32).tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("other", [Place(4, 17, 1), Place(3, 16, 1), Place(3, 17, 0)])
+def test_a_message_of_another_pass_is_refused(other: Place) -> None:
+    form = to_home(4, torch.bfloat16)
+    message = form.pack(other, *random_message(form, 2))
+    with pytest.raises(EpochLost, match="came for Place") as lost:
         form.unpack(PLACE, message)
+    assert lost.value.epoch == 3
 
 
-@pytest.mark.parametrize("room", [100, legs.SIZED_BYTES + 1])
-def test_small_messages_come_alone_and_large_ones_after_their_size(room: int) -> None:
-    a, b = local_fabrics(["a", "b"])
-    out, sent = Outgoing(), torch.arange(60, dtype=torch.uint8)
-    out.send(a, sent, 1, 5, room)
-    incoming = Incoming(b, 0, 5, room, torch.device("cpu"))
-    got = incoming.take()
-    assert torch.equal(got[:60], sent)
-    assert got.numel() == (60 if room > legs.SIZED_BYTES else room)
+def test_legs_have_their_columns() -> None:
+    assert to_router(8, torch.bfloat16).row_bytes == 4 + 16
+    assert to_shard(8, torch.float32, 6).row_bytes == 4 * (2 + 2 * 6) + 32
+    assert to_home(8, torch.bfloat16).row_bytes == 8 + 16
+
+
+# -- travel -------------------------------------------------------------------------------
+
+
+@dataclass
+class FakeWork:
+    waited: int = 0
+
+    def wait(self) -> None:
+        self.waited += 1
+
+
+@dataclass
+class FakeFabric:
+    """Remembers what is sent; a receive gets the next of `arriving`, whose size must be exact."""
+
+    exact_sizes: bool = True
+    rank: int = 0
+    size: int = 2
+    epoch: int = 3
+    names: tuple[str, ...] = ("a", "b")
+    kind: str = "fake"
+    sent: list[tuple[int, int, Tensor]] = field(default_factory=list)
+    works: list[FakeWork] = field(default_factory=list)
+    arriving: list[Tensor] = field(default_factory=list)
+
+    def send(self, data: Tensor, dst: int, tag: int) -> Work:
+        self.sent.append((dst, tag, data))
+        self.works.append(FakeWork())
+        return self.works[-1]
+
+    def recv(self, buffer: Tensor, src: int, tag: int) -> Work:
+        message = self.arriving.pop(0)
+        assert buffer.numel() == message.numel()
+        buffer.copy_(message)
+        return FakeWork()
+
+    def close(self) -> None: ...
+
+
+def payload(size: int) -> Tensor:
+    return (torch.arange(size) % 251).to(torch.uint8)
+
+
+def test_exact_sizes_are_met_by_padding() -> None:
+    fabric = FakeFabric()
+    Outgoing().send(fabric, payload(40), 1, 5, 100)
+    ((dst, tag, data),) = fabric.sent
+    assert (dst, tag) == (1, 5)
+    assert data[:40].equal(payload(40))
+    assert data[40:].tolist() == [0] * 60
+
+
+def test_a_full_message_and_a_tolerant_fabric_need_no_padding() -> None:
+    for fabric, size in ((FakeFabric(), 100), (FakeFabric(exact_sizes=False), 40)):
+        message = payload(size)
+        Outgoing().send(fabric, message, 1, 5, 100)
+        assert [data is message for _, _, data in fabric.sent] == [True]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_message_that_may_be_large_is_preceded_by_its_size(exact: bool) -> None:
+    fabric = FakeFabric(exact_sizes=exact)
+    Outgoing().send(fabric, payload(40), 1, 5, SIZED_BYTES + 1)
+    head, message = (data for _, _, data in fabric.sent)
+    assert head.view(torch.int64).tolist() == [40]
+    assert message.equal(payload(40))
+    receiver = FakeFabric(arriving=[head, message])
+    assert Incoming(receiver, 0, 5, SIZED_BYTES + 1, CPU).take().equal(payload(40))
+
+
+def test_the_threshold_itself_goes_without_a_size() -> None:
+    fabric = FakeFabric(exact_sizes=False)
+    Outgoing().send(fabric, payload(40), 1, 5, SIZED_BYTES)
+    assert [data.numel() for _, _, data in fabric.sent] == [40]
+
+
+def test_padding_is_no_part_of_what_is_unpacked() -> None:
+    form, fabric = to_shard(4, torch.bfloat16, 2), FakeFabric()
+    ints, x = random_message(form, 3)
+    Outgoing().send(fabric, form.pack(PLACE, ints, x), 1, 5, form.bytes_of(8))
+    fabric.arriving = [data for _, _, data in fabric.sent]
+    taken = Incoming(fabric, 1, 5, form.bytes_of(8), CPU).take()
+    got_ints, got_x = form.unpack(PLACE, taken)
+    assert torch.equal(got_ints, ints)
+    assert bits(got_x) == bits(x)
+
+
+def test_settle_waits_once_for_each() -> None:
+    fabric, out = FakeFabric(), Outgoing()
+    for size, room in ((4, 4), (4, 9), (4, SIZED_BYTES + 1)):
+        out.send(fabric, payload(size), 1, 5, room)
     out.settle()
+    out.settle()
+    assert [work.waited for work in fabric.works] == [1, 1, 1, 1]
 
 
-def test_where_sizes_must_be_exact_messages_are_filled_up() -> None:
+def test_messages_of_every_size_arrive_in_order() -> None:
     a, b = local_fabrics(["a", "b"])
-    a.exact_sizes = True  # as on NCCL
-    Outgoing().send(a, torch.ones(60, dtype=torch.uint8), 1, 5, 100)
-    assert b.take(0, 5).numel() == 100
+    sizes = [1, 100, SIZED_BYTES, SIZED_BYTES + 1, 7]
+    rooms = [1, SIZED_BYTES + 2, SIZED_BYTES, SIZED_BYTES + 1, 8]
+    out = Outgoing()
+    for size, room in zip(sizes, rooms, strict=True):
+        out.send(a, payload(size), 1, 5, room)
+    for size, room in zip(sizes, rooms, strict=True):
+        taken = Incoming(b, 0, 5, room, CPU).take()
+        assert taken[:size].equal(payload(size))
+    out.settle()
