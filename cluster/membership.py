@@ -77,7 +77,8 @@ class Membership:
         if epoch is not None and (self.epoch is None or epoch["id"] > self.epoch.id):
             self.epoch = Epoch.from_dict(epoch)
             self.last_id = max(self.last_id, self.epoch.id)
-        self.members[info.name] = Record(info, handle)
+        serves_in = epoch["id"] if epoch is not None else 0
+        self.members[info.name] = Record(info, handle, prepared=serves_in, entered=serves_in)
         self._last_join = time.monotonic()
         self._changed.set()
 
@@ -169,7 +170,10 @@ class Membership:
             if not {s.name for s in self.epoch.members} <= set(self.members) and self._fresh():
                 self._again_in(0.25)
                 return
-            if current == tuple((s.name, s.roles, s.stage) for s in self.epoch.members):
+            # They call in in any order; the seats of the running epoch keep theirs.
+            running = {(s.name, s.roles, s.stage) for s in self.epoch.members}
+            inside = all(self.members[s.name].entered == self.epoch.id for s in seats)
+            if inside and set(current) == running:
                 self._made_seats = current
                 return
         await self._switch(self._make(seats), current)
