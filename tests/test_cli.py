@@ -108,6 +108,21 @@ def test_bad_input_is_explained(
         assert fact in refuse(capsys, *model, "--prompts", str(file))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own schema, at import
+def test_serve_config_is_what_ray_accepts(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    from whalepod.config import Config
+
+    told = run(capsys, "serve-config", "--model", str(tiny), "--set", "topology.experts=5")
+    parsed = ServeDeploySchema.model_validate(yaml.safe_load(told))
+    (application,) = parsed.applications
+    assert application.external_scaler_enabled
+    assert application.import_path == "whalepod.ingress.serve:build"
+    assert Config.from_dict(application.args["config"]).topology.experts == 5
+
+
 def test_cluster_commands_without_a_cluster(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
 
 from whalepod.actors import localcluster
-from whalepod.actors.dashboard import DEFAULT_URL, Dashboard, token
+from whalepod.actors.dashboard import DEFAULT_URL, Dashboard, serve_config, token
 from whalepod.config import Config, read_yaml
 from whalepod.errors import ConfigError, WhalepodError
 from whalepod.model.checkpoint import Checkpoint
@@ -222,4 +223,21 @@ def down(options: argparse.Namespace) -> None:
     print("stopped")
 
 
-COMMANDS = (add_up, add_status, add_scale, add_down)
+def add_serve_config(commands: Parsers) -> None:
+    """`whalepod serve-config`."""
+    parser = commands.add_parser(
+        "serve-config", help="print the Serve configuration (a RayService's serveConfigV2)"
+    )
+    parser.add_argument("config", nargs="?", help="configuration file (YAML)")
+    parser.add_argument("--model", help="checkpoint folder; overrides model.path")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.set_defaults(run=print_serve_config)
+
+
+def print_serve_config(options: argparse.Namespace) -> None:
+    """Print what `up` would deploy, as YAML."""
+    config = read_config(options.config, options.model, options.overrides)
+    print(yaml.safe_dump(serve_config(config), sort_keys=False), end="")
+
+
+COMMANDS = (add_up, add_status, add_scale, add_down, add_serve_config)
