@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -42,10 +42,12 @@ class RayClient:
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """See `EngineClient.generate`."""
-        emitted = list(request.emitted)
+        emitted, attempt = list(request.emitted), 0
         deadline = time.monotonic() + self._patience_s
         while True:
-            again = dataclasses.replace(request, emitted=tuple(emitted))
+            # A name of its own for every attempt: the end of one must not cancel the next.
+            name = f"{request.id}.{attempt}" if attempt else request.id
+            again = dataclasses.replace(request, id=name, emitted=tuple(emitted))
             stream = self._attention.remote(again)
             try:
                 async for item in stream:
@@ -58,6 +60,8 @@ class RayClient:
                         if event.finish is not None:
                             return
                     deadline = time.monotonic() + self._patience_s
+            except RayTaskError:
+                raise  # the member's own fault, which another one would repeat
             except (RayError, RayServeException) as error:
                 lost = error
             else:
@@ -68,7 +72,7 @@ class RayClient:
                 raise NotReady(
                     f"no attention member took the request within {self._patience_s} s"
                 ) from lost
-            self.replays += 1
+            self.replays, attempt = self.replays + 1, attempt + 1
             await asyncio.sleep(0.05)
 
     async def ready(self) -> str | None:
