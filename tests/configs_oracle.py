@@ -146,6 +146,15 @@ CONFIGS: dict[str, Config] = {
         "num_hash_layers": 3,
         "index_head_dim": 32,
     },
+    "ratio_8": BASE
+    | {
+        # Any ratio but 0 and 4 pools without overlap and without an indexer: many entries here.
+        "compress_ratios": [8, 4, 0, 8, 0],
+        "num_hash_layers": 2,
+        "index_topk": 8,
+        "n_routed_experts": 9,
+        "num_experts_per_tok": 4,
+    },
 }
 SEEDS: dict[str, int] = {
     "pro": 3,
@@ -157,4 +166,5 @@ SEEDS: dict[str, int] = {
     "two_heads": 0,
     "swa_only": 0,
     "few_sinkhorn": 1,
+    "ratio_8": 6,
 }

@@ -160,8 +160,18 @@ def layer_state(weights: Weights, prefix: str) -> Weights:
 
 
 def hub_config(cfg: Config) -> DeepseekV4Config:
-    """transformers' own reading of the released keys."""
+    """transformers' own reading of the released keys.
+
+    It reads `compress_ratios` of 0, 4 and 128 only. A model with one other ratio is passed with
+    128 in its place and with that ratio as the rate of the heavily compressed layers.
+    """
     keys = {k: v for k, v in cfg.items() if v is not None}
+    other = set(cfg["compress_ratios"]) - {0, 4, 128}
+    if other:
+        (rate,) = other
+        assert 128 not in cfg["compress_ratios"]
+        keys["compress_ratios"] = [128 if r == rate else r for r in cfg["compress_ratios"]]
+        keys["compress_rate_hca"] = rate
     return DeepseekV4Config(**keys, attn_implementation="eager", experts_implementation="eager")
 
 

@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 import torch
 from configs_oracle import BASE, CONFIGS, SEEDS, Config
-from oracle_hf import Oracle, random_weights
+from oracle_hf import Oracle, Weights, random_weights
 from oracle_released import E2M1, E4M3, ROUNDINGS, Reference, nearest, rounded
 from torch import Tensor
 
@@ -127,6 +127,52 @@ def test_each_rounding_shows(kind: str, left_out: str) -> None:
     share, mean = agreement(run_once(kind), reference(kind, left_out))
     assert share < 0.9
     assert mean > 2e-3
+
+
+def uneven(cfg: Config) -> Weights:
+    """Weights under which every second block of attention inputs and keys is tiny, yet counts.
+
+    A float format with power-of-two scales rounds alike under every scale that keeps its values
+    off the ends of its range, so with even values a block of any width gives the same result.
+    """
+    made, tiny, plain = random_weights(cfg), 2.0**-13, cfg["head_dim"] - cfg["qk_rope_head_dim"]
+    block = torch.where(torch.arange(cfg["hidden_size"]) // 128 % 2 == 1, tiny, 1.0)
+    place = torch.arange(cfg["head_dim"])
+    key = torch.where((place // 64 % 2 == 1) & (place < plain), tiny, 1.0)
+    for name, tensor in made.items():
+        if name.endswith(("attn_norm.weight", "ffn_norm.weight")):
+            made[name] = tensor * block
+        elif name.endswith(("kv_norm.weight", "attn.compressor.norm.weight")):
+            made[name] = tensor * key
+        elif name.endswith("wo_a.weight"):
+            made[name] = tensor / key.repeat(tensor.shape[1] // len(key))
+        elif name.startswith("layers.") and tensor.shape[-1:] == block.shape:
+            made[name] = tensor / block  # whatever else is as wide as the norms' output reads it
+    return made
+
+
+class TwiceAsWide(Reference):
+    """A reference that errs in the width of the FP8 blocks of one rounding."""
+
+    wrong: str
+
+    def fp8(self, x: Tensor, where: str, block: int = 128) -> Tensor:
+        return super().fp8(x, where, 2 * block if where == self.wrong else block)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_width_of_each_block_shows(kind: str) -> None:
+    cfg = one_layer(kind)
+    weights, ids = uneven(cfg), tokens(cfg, 0)
+    whole = WholeModel(ModelConfig.from_dict(cfg), weights, fidelity="released")
+    ours = whole.forward(whole.new_state(LENGTH), ids)
+    share, mean = agreement(ours, Reference(cfg, weights, ROUNDINGS).logits(ids))
+    assert share > 0.9
+    assert mean < 3e-4
+    wide = TwiceAsWide(cfg, weights, ROUNDINGS)
+    sites = ["attention_input", "expert_input", "shared_input", "window", "entries"]
+    for wide.wrong in sites[: 4 if kind == "swa" else 5]:
+        assert agreement(ours, wide.logits(ids))[1] > 2e-3, wide.wrong
 
 
 @cache
