@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import grpc
+import pytest
 import uvicorn
 from engines import Scripted
 
@@ -22,6 +25,7 @@ from whalepod.model.tokenizer import Tokenizer
 TOKENIZER = Tokenizer(small_tokenizer(1024))
 MODEL = ModelConfig.from_dict(preset_config("tiny"))
 MAX_CONTEXT, MAX_BYTES = 200, 100_000
+T = TypeVar("T")
 
 
 @dataclass
@@ -50,13 +54,13 @@ async def edge(
 ) -> AsyncIterator[Edge]:
     """Serve gRPC, and HTTP where it is wanted."""
     service = make_service(engine, tokenizer)
-    grpc = GrpcServer(service, "127.0.0.1", 0, max_bytes=MAX_BYTES, default_thinking=False)
-    await grpc.start()
+    listener = GrpcServer(service, "127.0.0.1", 0, max_bytes=MAX_BYTES, default_thinking=False)
+    await listener.start()
     try:
         async with _uvicorn(service) if http else nullcontext("") as url:
-            yield Edge(url, f"127.0.0.1:{grpc.port}", engine, service)
+            yield Edge(url, f"127.0.0.1:{listener.port}", engine, service)
     finally:
-        await grpc.stop(0)
+        await listener.stop(0)
 
 
 @asynccontextmanager
@@ -75,3 +79,32 @@ async def _uvicorn(service: Service) -> AsyncIterator[str]:
     finally:
         server.should_exit = server.force_exit = True
         await task
+
+
+def served(engine: Scripted, act: Callable[[Edge], Awaitable[T]]) -> T:
+    async def run() -> T:
+        async with edge(engine) as servers, asyncio.timeout(30):
+            return await act(servers)
+
+    return asyncio.run(run())
+
+
+def with_channel(
+    engine: Scripted, act: Callable[[Edge, Any], Awaitable[T]], tokenizer: Any = TOKENIZER
+) -> T:
+    async def run() -> T:
+        async with (
+            edge(engine, tokenizer, http=False) as servers,
+            grpc.aio.insecure_channel(servers.grpc) as channel,
+            asyncio.timeout(20),
+        ):
+            return await act(servers, channel)
+
+    return asyncio.run(run())
+
+
+async def failure_of(call: Any) -> Any:
+    """The error that ends a call."""
+    with pytest.raises(grpc.RpcError) as failure:
+        await (call.read() if isinstance(call, grpc.aio.UnaryStreamCall) else call)
+    return failure.value
