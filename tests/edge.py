@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import grpc
 import pytest
-import uvicorn
 from engines import Scripted
 
 from whalepod.ingress.grpc import GrpcServer
 from whalepod.ingress.http import make_app
+from whalepod.ingress.listener import HttpListener
 from whalepod.ingress.service import Service
 from whalepod.metrics import Metrics
 from whalepod.model.shape import ModelConfig
@@ -57,28 +57,21 @@ async def edge(
     listener = GrpcServer(service, "127.0.0.1", 0, max_bytes=MAX_BYTES, default_thinking=False)
     await listener.start()
     try:
-        async with _uvicorn(service) if http else nullcontext("") as url:
+        async with _http(service) if http else nullcontext("") as url:
             yield Edge(url, f"127.0.0.1:{listener.port}", engine, service)
     finally:
         await listener.stop(0)
 
 
 @asynccontextmanager
-async def _uvicorn(service: Service) -> AsyncIterator[str]:
+async def _http(service: Service) -> AsyncIterator[str]:
     app = make_app(service, max_body_bytes=MAX_BYTES, default_thinking=False)
-    config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, ws="none", lifespan="off", log_level="critical"
-    )
-    server = uvicorn.Server(config)
-    task = asyncio.create_task(server._serve())  # `serve` would take over the signals
+    listener = HttpListener(app, "127.0.0.1", 0)
+    await listener.start()
     try:
-        async with asyncio.timeout(10):
-            while not server.started:
-                await asyncio.sleep(0.002)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.port}"
     finally:
-        server.should_exit = server.force_exit = True
-        await task
+        await listener.stop(0)
 
 
 def served(engine: Scripted, act: Callable[[Edge], Awaitable[T]]) -> T:
