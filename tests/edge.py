@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-import uvicorn
+import grpc
+import pytest
 from engines import Scripted
 
 from whalepod.ingress.grpc import GrpcServer
 from whalepod.ingress.http import make_app
+from whalepod.ingress.listener import HttpListener
 from whalepod.ingress.service import Service
 from whalepod.metrics import Metrics
 from whalepod.model.shape import ModelConfig
@@ -22,6 +25,7 @@ from whalepod.model.tokenizer import Tokenizer
 TOKENIZER = Tokenizer(small_tokenizer(1024))
 MODEL = ModelConfig.from_dict(preset_config("tiny"))
 MAX_CONTEXT, MAX_BYTES = 200, 100_000
+T = TypeVar("T")
 
 
 @dataclass
@@ -50,28 +54,50 @@ async def edge(
 ) -> AsyncIterator[Edge]:
     """Serve gRPC, and HTTP where it is wanted."""
     service = make_service(engine, tokenizer)
-    grpc = GrpcServer(service, "127.0.0.1", 0, max_bytes=MAX_BYTES, default_thinking=False)
-    await grpc.start()
+    listener = GrpcServer(service, "127.0.0.1", 0, max_bytes=MAX_BYTES, default_thinking=False)
+    await listener.start()
     try:
-        async with _uvicorn(service) if http else nullcontext("") as url:
-            yield Edge(url, f"127.0.0.1:{grpc.port}", engine, service)
+        async with _http(service) if http else nullcontext("") as url:
+            yield Edge(url, f"127.0.0.1:{listener.port}", engine, service)
     finally:
-        await grpc.stop(0)
+        await listener.stop(0)
 
 
 @asynccontextmanager
-async def _uvicorn(service: Service) -> AsyncIterator[str]:
+async def _http(service: Service) -> AsyncIterator[str]:
     app = make_app(service, max_body_bytes=MAX_BYTES, default_thinking=False)
-    config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, ws="none", lifespan="off", log_level="critical"
-    )
-    server = uvicorn.Server(config)
-    task = asyncio.create_task(server._serve())  # `serve` would take over the signals
+    listener = HttpListener(app, "127.0.0.1", 0)
+    await listener.start()
     try:
-        async with asyncio.timeout(10):
-            while not server.started:
-                await asyncio.sleep(0.002)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.port}"
     finally:
-        server.should_exit = server.force_exit = True
-        await task
+        await listener.stop(0)
+
+
+def served(engine: Scripted, act: Callable[[Edge], Awaitable[T]]) -> T:
+    async def run() -> T:
+        async with edge(engine) as servers, asyncio.timeout(30):
+            return await act(servers)
+
+    return asyncio.run(run())
+
+
+def with_channel(
+    engine: Scripted, act: Callable[[Edge, Any], Awaitable[T]], tokenizer: Any = TOKENIZER
+) -> T:
+    async def run() -> T:
+        async with (
+            edge(engine, tokenizer, http=False) as servers,
+            grpc.aio.insecure_channel(servers.grpc) as channel,
+            asyncio.timeout(20),
+        ):
+            return await act(servers, channel)
+
+    return asyncio.run(run())
+
+
+async def failure_of(call: Any) -> Any:
+    """The error that ends a call."""
+    with pytest.raises(grpc.RpcError) as failure:
+        await (call.read() if isinstance(call, grpc.aio.UnaryStreamCall) else call)
+    return failure.value

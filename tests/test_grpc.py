@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
 import pytest
-from edge import MAX_BYTES, TOKENIZER, Edge, edge, make_service
+from edge import MAX_BYTES, TOKENIZER, Edge, failure_of, with_channel
 from engines import Scripted
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from whalepod.errors import ConfigError, NotReady, Overloaded
-from whalepod.ingress.grpc import NAME, GrpcServer
+from whalepod.errors import NotReady, Overloaded
+from whalepod.ingress.grpc import NAME
 from whalepod.protos import inference_pb2 as pb
 from whalepod.protos import inference_pb2_grpc as pb_grpc
 
@@ -27,31 +24,10 @@ GOOD = pb.CompleteRequest(text="x", sampling=pb.Sampling(max_tokens=2))
 HELLO = [pb.Message(role=pb.ROLE_USER, content="hi")]
 
 
-def with_channel(
-    engine: Scripted, act: Callable[[Edge, Any], Awaitable[T]], tokenizer: Any = TOKENIZER
-) -> T:
-    async def run() -> T:
-        async with (
-            edge(engine, tokenizer, http=False) as servers,
-            grpc.aio.insecure_channel(servers.grpc) as channel,
-            asyncio.timeout(20),
-        ):
-            return await act(servers, channel)
-
-    return asyncio.run(run())
-
-
 def with_stub(
     engine: Scripted, act: Callable[[Edge, Any], Awaitable[T]], tokenizer: Any = TOKENIZER
 ) -> T:
     return with_channel(engine, lambda e, c: act(e, pb_grpc.InferenceStub(c)), tokenizer)
-
-
-async def failure_of(call: Any) -> Any:
-    """The error that ends a call."""
-    with pytest.raises(grpc.RpcError) as failure:
-        await (call.read() if isinstance(call, grpc.aio.UnaryStreamCall) else call)
-    return failure.value
 
 
 def test_completion_whole_and_streamed() -> None:
@@ -256,79 +232,9 @@ def test_a_client_that_goes_away_cancels_its_request(how: str, method: str) -> N
     with_channel(Scripted(IDS * 50, pause_s=0.02), act)
 
 
-def test_health_follows_the_engine() -> None:
-    async def act(servers: Edge, channel: Any) -> None:
-        stub = health_pb2_grpc.HealthStub(channel)
-        kind = health_pb2.HealthCheckResponse
-        for service in ("", NAME):
-            watch = stub.Watch(health_pb2.HealthCheckRequest(service=service))
-            seen = [(await watch.read()).status]
-            while seen[-1] != kind.SERVING:
-                seen.append((await watch.read()).status)
-            servers.engine.reason = "waiting for an expert member"
-            assert (await watch.read()).status == kind.NOT_SERVING
-            answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
-            assert answer.status == kind.NOT_SERVING
-            servers.engine.reason = None
-            assert (await watch.read()).status == kind.SERVING
-        found = await failure_of(stub.Check(health_pb2.HealthCheckRequest(service="nothing")))
-        assert found.code() is Code.NOT_FOUND
-
-    with_channel(Scripted(IDS), act)
-
-
-def test_health_survives_an_engine_that_cannot_be_asked() -> None:
-    class Mute(Scripted):
-        async def ready(self) -> str | None:
-            if self.reason == "mute":
-                raise ConnectionError("gone")
-            return self.reason
-
-    async def act(servers: Edge, channel: Any) -> None:
-        stub = health_pb2_grpc.HealthStub(channel)
-        watch = stub.Watch(health_pb2.HealthCheckRequest())
-        kind = health_pb2.HealthCheckResponse
-        assert (await watch.read()).status == kind.NOT_SERVING
-        servers.engine.reason = None
-        assert (await watch.read()).status == kind.SERVING
-
-    engine = Mute(IDS)
-    engine.reason = "mute"
-    with_channel(engine, act)
-
-
-def test_reflection_names_the_service_and_gives_its_file() -> None:
-    async def ask(channel: Any, **request: str) -> Any:
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(**request)]))
-        return await call.read()
-
-    async def act(servers: Edge, channel: Any) -> tuple[Any, Any]:
-        listed = await ask(channel, list_services="")
-        return listed, await ask(channel, file_containing_symbol=NAME)
-
-    listed, found = with_channel(Scripted(), act)
-    names = {s.name for s in listed.list_services_response.service}
-    assert {NAME, "grpc.health.v1.Health"} <= names
-    assert pb.DESCRIPTOR.serialized_pb in found.file_descriptor_response.file_descriptor_proto
-
-
 def test_models_are_listed() -> None:
     async def act(servers: Edge, stub: Any) -> Any:
         return await stub.ListModels(pb.ListModelsRequest())
 
     (model,) = with_stub(Scripted(), act).models
     assert (model.id, model.max_context) == ("tiny", 200)
-
-
-def test_a_taken_port_is_named() -> None:
-    async def act(port: int) -> None:
-        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
-            GrpcServer(
-                make_service(Scripted()), "127.0.0.1", port, max_bytes=1, default_thinking=False
-            )
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        asyncio.run(act(taken.getsockname()[1]))
