@@ -59,8 +59,6 @@ class Membership:
         self._changed, self._progress = asyncio.Event(), asyncio.Event()
         self._made_seats: tuple[Any, ...] | None = None
 
-    # -- what members call ------------------------------------------------------------------
-
     def join(
         self, info: MemberInfo, handle: Any, digest: str, epoch: dict[str, Any] | None
     ) -> None:
@@ -128,8 +126,6 @@ class Membership:
             await asyncio.sleep(0.02)
         self.members.pop(name, None)
         self._changed.set()
-
-    # -- making epochs ----------------------------------------------------------------------
 
     async def run(self) -> None:
         """Make epochs as changes come; never returns."""

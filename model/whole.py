@@ -90,7 +90,9 @@ class WholeModel:
     def new_state(self, max_tokens: int) -> State:
         """Reserve room for one sequence of up to `max_tokens`. Raises OutOfBlocks."""
         wanted = -(-max_tokens // self.cache.block_tokens)
-        if wanted > len(self._free_blocks) or not self._free_slots:
+        if not self._free_slots:
+            raise OutOfBlocks(1, 0, "sequence slots")
+        if wanted > len(self._free_blocks):
             raise OutOfBlocks(wanted, len(self._free_blocks))
         taken, self._free_blocks = self._free_blocks[:wanted], self._free_blocks[wanted:]
         return State(self._free_slots.pop(0), tuple(taken))

@@ -59,10 +59,10 @@ class KernelUnavailable(WhalepodError):
 
 
 class OutOfBlocks(WhalepodError):
-    """The KV pool has no free block left for this step."""
+    """The cache has no room left for this step: KV blocks, or the slots of sequences."""
 
-    def __init__(self, wanted: int, free: int) -> None:
-        super().__init__(f"{wanted} KV blocks wanted, {free} free; the scheduler must preempt")
+    def __init__(self, wanted: int, free: int, what: str = "KV blocks") -> None:
+        super().__init__(f"{wanted} {what} wanted, {free} free; give a sequence's room back first")
 
 
 class EpochLost(WhalepodError):
