@@ -97,9 +97,14 @@ class Shell:
             self.member.loop.wake.set()
 
     def _join(self) -> None:
-        epoch = self._epoch.to_dict() if self._epoch is not None else None
-        call = self._controller.join.remote(self._info, [self._handle], self.config.digest, epoch)
+        epoch = self._epoch
+        call = self._controller.join.remote(
+            self._info, [self._handle], self.config.digest, epoch.to_dict() if epoch else None
+        )
         ray.get(call, timeout=60)
+        if epoch is not None and (self._serving is None or not self._serving.is_alive()):
+            # Lost while no controller was there to be told; a new one must not take it for alive.
+            self._report(EpochLost(epoch.id, [], "it had ended before the controller restarted"))
 
     def _follow(self) -> None:
         seen = 0

@@ -27,7 +27,7 @@ class _Done:
 
 
 class _Receipt:
-    """A message asked for; matched at `wait`, in the order of asking."""
+    """A message asked for; matched when it is waited for, in that order."""
 
     def __init__(self, fabric: LocalFabric, buffer: Tensor, src: int, tag: int) -> None:
         self._fabric, self._buffer, self._src, self._tag = fabric, buffer, src, tag
