@@ -57,6 +57,7 @@ def test_overrides_on_the_command_line(tmp_path: Path) -> None:
     config = read_config(str(file), "/other", ["topology.experts=3", "engine.max_context=99"])
     assert config.model.path == "/other"
     assert (config.topology.experts, config.engine.max_context) == (3, 99)
+    assert read_config(str(file), None, []).model.path == str(Path.cwd() / "a")
     with pytest.raises(ConfigError, match="expected key=value"):
         read_config(str(file), None, ["topology.experts"])
     with pytest.raises(ConfigError, match="no model is named"):

@@ -46,6 +46,9 @@ def read_config(path: str | None, model: str | None, overrides: list[str]) -> Co
             place = place.setdefault(node, {})
             node = part
         place[node] = _scalar(value)
+    if isinstance(data.get("model"), dict) and isinstance(data["model"].get("path"), str):
+        # Members run in folders of their own, so a relative path must be settled here.
+        data["model"]["path"] = str(Path(data["model"]["path"]).resolve())
     if not data.get("model"):
         raise ConfigError("no model is named; give a configuration file or --model DIR")
     return Config.from_dict(data, path or "command line")
