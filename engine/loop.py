@@ -142,22 +142,23 @@ class EngineLoop:
             drawn: in the order of the parts that draw, one for a part and each of its drafts.
             drafts: guesses at what comes after each slot's new tokens.
         """
-        self.scheduler.advance(plan.planned)
         before, rest = self.counters.generated, iter(drawn)
+        emitted: dict[int, list[Drawn]] = {}
         for part in (p for m in plan.step.micro_batches for p in m.parts if p.draw is not None):
             got = [next(rest) for _ in range(1 + part.drafts)]
-            emitted = part.emitted([d.token for d in got])
-            sequence = plan.by_slot[part.slot]
-            sequence.computed += len(emitted) - 1
+            emitted[part.slot] = got[: len(part.emitted([d.token for d in got]))]
             self.counters.drafted += part.drafts
-            self.counters.accepted += len(emitted) - 1
-            self._accept(sequence, got[: len(emitted)])
-            sequence.drafts = list((drafts or {}).get(part.slot, ()))
+            self.counters.accepted += len(emitted[part.slot]) - 1
+        self.scheduler.advance(plan.planned, {slot: len(e) - 1 for slot, e in emitted.items()})
+        for slot, made in emitted.items():
+            sequence = plan.by_slot[slot]
+            sequence.drafts = list((drafts or {}).get(slot, ()))
+            self._accept(sequence, made)
         self.counters.steps += 1
         self.counters.tokens += plan.step.tokens
         if plan.decodes:
-            took, made = time.perf_counter() - plan.begun, self.counters.generated - before
-            self.payoff.learn(plan.running, plan.verifies, took, made)
+            took, count = time.perf_counter() - plan.begun, self.counters.generated - before
+            self.payoff.learn(plan.running, plan.verifies, took, count)
 
     def _accept(self, sequence: Sequence, drawn: list[Drawn]) -> None:
         for got in drawn:

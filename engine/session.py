@@ -54,9 +54,16 @@ def run_alone(
     """
     micro_batches = plan.step.micro_batches
     batches = [m.batch(stage.cache.block_tokens, stage.device) for m in micro_batches]
+    restore(stage, plan.step)
     x = stage.forward(batches, [stage.embed(b) for b in batches], experts)
     drawn = draw(stage, x, micro_batches)
     return drawn, settle(stage, plan, batches, x, drawn)
+
+
+def restore(stage: AttentionStage, step: Step) -> None:
+    """Start slots from the snapshots that their sequences go on from."""
+    for part in (p for m in step.micro_batches for p in m.parts if p.restore >= 0):
+        stage.cache.copy_slot(part.restore, part.slot)
 
 
 def settle(
@@ -72,7 +79,12 @@ def settle(
                 got = [next(rest).token for _ in range(1 + part.drafts)]
                 emitted[part.slot] = part.emitted(got)
             wrong = 1 + part.drafts - len(emitted[part.slot]) if part.drafts else 0
-            batch.commit(part.slot, len(part.ids) - wrong)
+            right = len(part.ids) - wrong
+            for rows, snapshot in part.keep:
+                if rows <= right:
+                    stage.cache.copy_slot(part.slot, snapshot)
+                    batch.keep(part.slot, rows, snapshot)
+            batch.commit(part.slot, right)
         if stage.drafter is not None and plan.drafts:
             drafts |= stage.drafter.propose(micro_batch, x_TCD, emitted, plan.drafts)
     return drafts
@@ -159,6 +171,7 @@ class FirstStage:
         tokens = self.stage.cache.block_tokens
         batches = [m.batch(tokens, self.stage.device) for m in step.micro_batches]
         padded = _pad(batches, announced)
+        restore(self.stage, step)
         x = [self.stage.embed(b) for b in batches]
         x += [torch.empty(0, device=self.stage.device)] * (len(padded) - len(x))
         if plan is not None or seat.shard is not None:

@@ -18,7 +18,9 @@ class Part:
 
     `draw` holds (settings, position) when the last token's logits give the next token, and is
     None for a chunk that does not reach the end of the known tokens. The last `drafts` ids are
-    guesses: each of their rows draws as well, at the position after the one before.
+    guesses: each of their rows draws as well, at the position after the one before. `restore` is
+    the snapshot its slot starts from (-1: none) and `keep` lists the snapshots to take: after so
+    many of its rows, into that slot.
     """
 
     slot: int
@@ -27,6 +29,8 @@ class Part:
     blocks: tuple[int, ...]
     draw: tuple[Sampling, int] | None
     drafts: int = 0
+    restore: int = -1
+    keep: tuple[tuple[int, int], ...] = ()
 
     def emitted(self, drawn: Seq[int]) -> list[int]:
         """The tokens this part yields: as many of its draws as rest on right guesses.

@@ -157,7 +157,7 @@ class Attention:
         window = self.config.sliding_window
         q, new = q_THD[span.rows], kv_TD[span.rows].to(cache.window.dtype)
         positions = batch.positions_T[span.rows]
-        batch.write_later(span.slot, cache.window[span.slot], positions, new)
+        batch.write_later(span.slot, cache.window, positions, new)
         out = torch.empty_like(q)
         before = cache.window[span.slot]
         for lap in range(span.start // window, (span.end - 1) // window + 1):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from whalepod.model.rope import turns
 
-# A ring, positions of rows, and the rows.
+# Rings of all slots, positions of rows, and the rows.
 Write = tuple[Tensor, Tensor, Tensor]
 
 
@@ -155,15 +155,15 @@ class Batch:
             self._tables[key] = found
         return found
 
-    def write_later(self, slot: int, ring: Tensor, positions: Tensor, values: Tensor) -> None:
+    def write_later(self, slot: int, rings: Tensor, positions: Tensor, values: Tensor) -> None:
         """Note rows for the `commit` of the sequence in `slot`.
 
         Args:
-            ring: addressed by position modulo its length.
+            rings: `[N, R, ...]`, one ring a slot, addressed by position modulo R.
             positions: of all rows of the sequence's span, ascending.
             values: one row a position.
         """
-        self._writes.setdefault(slot, []).append((ring, positions, values))
+        self._writes.setdefault(slot, []).append((rings, positions, values))
 
     def commit(self, slot: int | None = None, rows: int | None = None) -> None:
         """Make the pass's state visible, of one sequence or of all.
@@ -175,10 +175,18 @@ class Batch:
                 Entries that they closed are written again before any query sees them.
         """
         for which in [slot] if slot is not None else list(self._writes):
-            for ring, positions, values in self._writes.pop(which, ()):
-                stop = len(values) if rows is None else rows
-                first = max(0, stop - ring.shape[0])
-                ring[positions[first:stop] % ring.shape[0]] = values[first:stop]
+            self._write(self._writes.pop(which, []), which, rows)
+
+    def keep(self, slot: int, rows: int, into: int) -> None:
+        """Write what `commit` of so many rows would, but into the rings of another slot."""
+        self._write(self._writes.get(slot, []), into, rows)
+
+    @staticmethod
+    def _write(writes: list[Write], slot: int, rows: int | None) -> None:
+        for rings, positions, values in writes:
+            stop, size = len(values) if rows is None else rows, rings.shape[1]
+            first = max(0, stop - size)
+            rings[slot, positions[first:stop] % size] = values[first:stop]
 
     def _make_view(self, ratio: int) -> DecodeView:
         per = self.block_tokens // ratio

@@ -87,6 +87,11 @@ class Engine(Section):
         le=3,
         description="tokens the MTP block drafts ahead, where that pays; 0: none",
     )
+    prefix_snapshots: int = Field(
+        default=32,
+        ge=0,
+        description="states kept to go on from after a known prefix; 0: prefixes are not reused",
+    )
     kv_tokens: int = Field(
         default=131072, ge=128, description="tokens of compressed KV over all requests of a member"
     )
