@@ -1,0 +1,133 @@
+"""A Kubernetes API server for tests: kmock on a loopback port, in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import kmock
+
+NAMESPACE = "whale"
+
+
+class Api:
+    """Objects by the path that lists them; anything else by `on`.
+
+    Lists honour label selectors, `limit` and `continue`. Later words of `on` win over earlier ones
+    and over the objects.
+    """
+
+    def __init__(self) -> None:
+        self.store: dict[str, list[dict[str, Any]]] = {}
+        self.denied: set[tuple[str, str]] = set()  # (verb, resource) that access reviews refuse
+        self.log: list[kmock.Request] = []
+        self.url = ""
+        self._handler = kmock.KubernetesScaffold()
+        self._handler["post", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"] << (
+            self._review
+        )
+
+    def add(self, path: str, *objects: dict[str, Any]) -> None:
+        """Serve a list; more objects may be added later."""
+        if path not in self.store:
+            self.store[path] = []
+            self._handler["get", path] << (lambda request, path=path: self._list(request, path))
+        self.store[path].extend(objects)
+
+    def on(self, what: str, answer: Any, *, times: int | None = None) -> None:
+        """Answer `get /path` with a payload, a status, an (status, payload) pair or a function."""
+        method, path = what.split()
+        reaction = self._handler[method, path] ** 10
+        reaction = reaction[:times] if times is not None else reaction
+        if isinstance(answer, Refuse):
+            reaction << answer.status << answer.body()
+        else:
+            reaction << answer
+
+    def _list(self, request: kmock.Request, path: str) -> Any:
+        self_link = [o for o in self.store[path] if matches(o, request.params)]
+        start = int(request.params.get("continue", 0))
+        end = start + int(request.params.get("limit", 10**6))
+        more = {"continue": str(end)} if end < len(self_link) else {}
+        metadata = {"resourceVersion": "7", **more}
+        return {"kind": "List", "metadata": metadata, "items": self_link[start:end]}
+
+    def _review(self, request: kmock.Request) -> Any:
+        spec = request.data["spec"]
+        asked = spec.get("resourceAttributes") or spec["nonResourceAttributes"]
+        resource = asked.get("resource", asked.get("path"))
+        if asked.get("subresource"):
+            resource += f"/{asked['subresource']}"
+        return {"status": {"allowed": (asked["verb"], resource) not in self.denied}}
+
+    @contextmanager
+    def serve(self) -> Iterator[None]:
+        """Listen until the block ends."""
+        ready, stop, loop = threading.Event(), asyncio.Event(), asyncio.new_event_loop()
+
+        async def run() -> None:
+            async with self._handler, kmock.Server(self._handler) as server:
+                self.url = str(server.url).rstrip("/")
+                ready.set()
+                await stop.wait()
+
+        thread = threading.Thread(target=loop.run_until_complete, args=(run(),), daemon=True)
+        thread.start()
+        assert ready.wait(10)
+        try:
+            yield
+        finally:
+            loop.call_soon_threadsafe(stop.set)
+            thread.join(10)
+            loop.close()
+
+    @property
+    def requests(self) -> list[kmock.Request]:
+        """Everything that was asked for."""
+        return list(self._handler)
+
+    def kubeconfig(self, folder: Path) -> str:
+        """A kubeconfig for this server."""
+        path = folder / "kubeconfig"
+        path.write_text(json.dumps(kubeconfig(self.url)))
+        return str(path)
+
+
+class Refuse:
+    """A `Status` answer."""
+
+    def __init__(self, status: int, message: str = "no") -> None:
+        self.status, self.message = status, message
+
+    def body(self) -> dict[str, Any]:
+        return {"kind": "Status", "status": "Failure", "message": self.message, "code": self.status}
+
+
+def kubeconfig(url: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "contexts": [
+            {"name": "here", "context": {"cluster": "c", "user": "u", "namespace": NAMESPACE}},
+            {"name": "there", "context": {"cluster": "c", "user": "u"}},
+        ],
+        "clusters": [{"name": "c", "cluster": {"server": url}}],
+        "users": [{"name": "u", "user": {"token": "secret"}}],
+    }
+
+
+def matches(found: dict[str, Any], params: Any) -> bool:
+    """Whether an object has the labels that a request selects (`a=b`, `a in (b, c)`)."""
+    labels = found["metadata"].get("labels", {})
+    selector = params.get("labelSelector", "")
+    if " in (" in selector:
+        key, _, values = selector.partition(" in (")
+        return labels.get(key) in [v.strip() for v in values.rstrip(")").split(",")]
+    pairs = [part.split("=", 1) for part in selector.split(",") if part]
+    return all(labels.get(key) == value for key, value in pairs)
