@@ -221,28 +221,31 @@ def _nodes(kube: Kube, demand: Demand | None, into: list[kube_nodes.Node]) -> It
 
 def _access(kube: Kube, demand: Demand | None) -> Iterator[Finding]:
     made: set[tuple[str, str, bool]] = set()
-    for version, kind in sorted(demand.kinds if demand else ()):
-        served = (kube.kinds(version) or {}).get(kind)
-        if served is None:
-            yield failure(
-                "apis",
-                f"the manifests hold a {kind} of {version}, which is not served",
-                "install what defines it, or switch it off in the values",
-            )
-        else:
-            made.add((version.rpartition("/")[0], *served))
-    asked = {"the commands of whalepod k8s": COMMANDS, "helm install": install(made or CHART)}
-    for purpose, wanted in asked.items():
-        refused = [a for a, yes in zip(wanted, kube.allowed(wanted), strict=True) if not yes]
-        if not refused:
-            yield ok("access", f"{purpose}: all {len(wanted)} permissions granted")
-        for access in refused:
-            yield _refused(kube, purpose, access)
+    kinds = sorted(demand.kinds) if demand else []
+    served = {version: kube.kinds(version) or {} for version in sorted({v for v, _ in kinds})}
+    for version, kind in kinds:
+        if kind in served[version]:
+            made.add((version.rpartition("/")[0], *served[version][kind]))
+            continue
+        yield failure(
+            "apis",
+            f"the manifests hold a {kind} of {version}, which is not served",
+            "install what defines it, or switch it off in the values",
+        )
+    yield from _granted(kube, "the commands of whalepod k8s", COMMANDS)
+    yield from _granted(kube, "helm install", install(made or CHART))
 
 
-def _refused(kube: Kube, purpose: str, access: Access) -> Finding:
-    place = f"-n {kube.namespace} " if access.namespaced else ""
-    ask = f"kubectl auth can-i {access.verb} {access.path or access} {place}".strip()
-    return (failure if access.namespaced else warning)(
-        "access", f"{purpose}: may not {access}", f"ask an administrator for it ({ask})"
-    )
+def _granted(kube: Kube, purpose: str, wanted: Sequence[Access]) -> Iterator[Finding]:
+    refused = [a for a, yes in zip(wanted, kube.allowed(wanted), strict=True) if not yes]
+    if not refused:
+        yield ok("access", f"{purpose}: all {len(wanted)} permissions granted")
+    for access in refused:
+        place = f" -n {kube.namespace}" if access.namespaced else ""
+        # Cluster-wide looks are worth having; status and logs work without.
+        make = warning if access in COMMANDS and not access.namespaced else failure
+        yield make(
+            "access",
+            f"{purpose}: may not {access}",
+            f"ask an administrator for it (kubectl auth can-i {access}{place})",
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from whalepod.cluster.kube_demand import GPU, Amounts, Demand
-from whalepod.cluster.kube_findings import Finding, failure, ok, warning
+from whalepod.cluster.kube_findings import Finding, failure, ok
 from whalepod.cluster.kube_objects import (
     Object,
     dig,

@@ -36,6 +36,7 @@ class Transport:
         self, configuration: client.Configuration, namespace: str, timeout_s: float = 15.0
     ) -> None:
         configuration.retries = False  # a time limit is only one if nothing is tried again unasked
+        configuration.connection_pool_maxsize = 256  # one for each log that is followed
         self.server = str(configuration.host)
         self.namespace, self.timeout_s = namespace, timeout_s
         self.api = client.ApiClient(configuration)
