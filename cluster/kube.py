@@ -8,8 +8,9 @@ written beside it, as data (`cluster/kube_access.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 from kubernetes import client
 
@@ -189,15 +190,19 @@ class Kube(Transport):
             allow_watch_bookmarks=True,
             timeout_seconds=window_s,
         )
-        for line in lines:
-            event = self.parse(access.WATCH_PODS, line.encode())
-            kind, found = dig(event, "type", kind=str), dig(event, "object", kind=dict)
-            if kind is None or found is None:
-                raise self.malformed(access.WATCH_PODS, "type and object", event)
-            if kind == "ERROR":
-                status = dig(found, "code", kind=int, default=500)
-                raise self.refusal(access.WATCH_PODS, "", status, json.dumps(found))
-            yield {"type": kind, "object": found}
+        with closing(lines):  # at once, whatever keeps a failure's frames alive
+            for line in lines:
+                yield self._event(line)
+
+    def _event(self, line: str) -> Object:
+        event = self.parse(access.WATCH_PODS, line.encode())
+        kind, found = dig(event, "type", kind=str), dig(event, "object", kind=dict)
+        if kind is None or found is None:
+            raise self.malformed(access.WATCH_PODS, "type and object", event)
+        if kind == "ERROR":
+            status = dig(found, "code", kind=int, default=500)
+            raise self.refusal(access.WATCH_PODS, "", status, json.dumps(found))
+        return {"type": kind, "object": found}
 
     def log(
         self,
@@ -209,7 +214,7 @@ class Kube(Transport):
         since_s: int | None = None,
         tail: int | None = None,
         idle_s: float | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Lines of a container's log, each `TIME TEXT`.
 
         Args:

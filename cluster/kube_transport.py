@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -76,6 +76,14 @@ class Transport:
             raise _unusable(source, f"not a kubeconfig ({error!r})", context) from None
         return cls(configuration, namespace or found or "default", timeout_s)
 
+    def __enter__(self) -> Self:
+        """Nothing to be done."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close idle connections."""
+        self.api.rest_client.pool_manager.clear()
+
     def read(self, what: Access, call: Call, *args: Any, name: str = "", **options: Any) -> Object:
         """Send one call and read its JSON object. Raises KubeError."""
         end = time.monotonic() + self.timeout_s
@@ -131,7 +139,7 @@ class Transport:
 
     def lines(
         self, what: Access, call: Call, *args: Any, name: str = "", idle_s: float, **options: Any
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Send one call and yield its lines as they come. Raises KubeError.
 
         Args:

@@ -18,15 +18,16 @@ NAMESPACE = "whale"
 class Api:
     """Objects by the path that lists them; anything else by `on`.
 
-    Lists honour label selectors, `limit` and `continue`. Later words of `on` win over earlier ones
-    and over the objects.
+    Lists honour label selectors, `limit` and `continue`. Later words of `on` win over earlier ones and over
+    the objects.
     """
 
     def __init__(self) -> None:
         self.store: dict[str, list[dict[str, Any]]] = {}
         self.denied: set[tuple[str, str]] = set()  # (verb, resource) that access reviews refuse
-        self.log: list[kmock.Request] = []
+        self.events: list[dict[str, Any]] = []  # what a watch on any list tells, then it ends
         self.url = ""
+        self._turns = 0
         self._handler = kmock.KubernetesScaffold()
         self._handler["post", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"] << (
             self._review
@@ -39,23 +40,21 @@ class Api:
             self._handler["get", path] << (lambda request, path=path: self._list(request, path))
         self.store[path].extend(objects)
 
-    def on(self, what: str, answer: Any, *, times: int | None = None) -> None:
-        """Answer `get /path` with a payload, a status, an (status, payload) pair or a function."""
+    def on(self, what: str, answer: Any) -> None:
+        """Answer `get /path` with a payload: bytes, object, stream, function or `refuse`."""
         method, path = what.split()
-        reaction = self._handler[method, path] ** 10
-        reaction = reaction[:times] if times is not None else reaction
-        if isinstance(answer, Refuse):
-            reaction << answer.status << answer.body()
-        else:
-            reaction << answer
+        self._turns += 1
+        self._handler[method, path] ** self._turns << answer
 
     def _list(self, request: kmock.Request, path: str) -> Any:
-        self_link = [o for o in self.store[path] if matches(o, request.params)]
+        if request.action == kmock.action.WATCH:
+            return (b"", *self.events)
+        chosen = [o for o in self.store[path] if matches(o, request.params)]
         start = int(request.params.get("continue", 0))
         end = start + int(request.params.get("limit", 10**6))
-        more = {"continue": str(end)} if end < len(self_link) else {}
+        more = {"continue": str(end)} if end < len(chosen) else {}
         metadata = {"resourceVersion": "7", **more}
-        return {"kind": "List", "metadata": metadata, "items": self_link[start:end]}
+        return {"kind": "List", "metadata": metadata, "items": chosen[start:end]}
 
     def _review(self, request: kmock.Request) -> Any:
         spec = request.data["spec"]
@@ -98,14 +97,9 @@ class Api:
         return str(path)
 
 
-class Refuse:
-    """A `Status` answer."""
-
-    def __init__(self, status: int, message: str = "no") -> None:
-        self.status, self.message = status, message
-
-    def body(self) -> dict[str, Any]:
-        return {"kind": "Status", "status": "Failure", "message": self.message, "code": self.status}
+def refuse(status: int, message: str = "no") -> kmock.KubernetesError:
+    """A `Status` answer, for `Api.on` or for a function of it to raise."""
+    return kmock.KubernetesError(status=status, reason="Refused", message=message)
 
 
 def kubeconfig(url: str) -> dict[str, Any]:
@@ -124,7 +118,7 @@ def kubeconfig(url: str) -> dict[str, Any]:
 
 def matches(found: dict[str, Any], params: Any) -> bool:
     """Whether an object has the labels that a request selects (`a=b`, `a in (b, c)`)."""
-    labels = found["metadata"].get("labels", {})
+    labels = found.get("metadata", {}).get("labels", {})
     selector = params.get("labelSelector", "")
     if " in (" in selector:
         key, _, values = selector.partition(" in (")

@@ -101,10 +101,10 @@ def _open(options: argparse.Namespace) -> Kube:
 def preflight(options: argparse.Namespace) -> None:
     """Print what was found; exit with status 1 when a deployment cannot work."""
     demand = _demand(options)
-    kube = _open(options)
-    from whalepod.cluster.kube_preflight import preflight as look  # noqa: PLC0415
+    with _open(options) as kube:
+        from whalepod.cluster.kube_preflight import preflight as look  # noqa: PLC0415
 
-    found = look(kube, demand, options.operator_namespace)
+        found = look(kube, demand, options.operator_namespace)
     print(json.dumps(found.as_dict(), indent=1) if options.json else show.preflight(found))
     if not found.good:
         sys.exit(1)
@@ -128,16 +128,16 @@ def _demand(options: argparse.Namespace) -> kube_demand.Demand | None:
 
 def status(options: argparse.Namespace) -> None:
     """Print the release's Ray objects, its pods, and the epoch's members in them."""
-    kube = _open(options)
     from whalepod.cluster import kube_status  # noqa: PLC0415
 
-    release = kube_status.find_release(kube, options.release)
-    pods, _, _ = kube_status.find_pods(kube, release)
     report, trouble = None, None
-    try:
-        report = _report(options, kube, release)
-    except kube_objects.KubeError as error:
-        trouble = str(error)
+    with _open(options) as kube:
+        release = kube_status.find_release(kube, options.release)
+        pods, _, _ = kube_status.find_pods(kube, release)
+        try:
+            report = _report(options, kube, release)
+        except kube_objects.KubeError as error:
+            trouble = str(error)
     states, lost = kube_status.join(pods, report)
     ray = [kube_status.ray_state(o) for o in (*release.services, *release.clusters)]
     if options.json:
@@ -186,11 +186,8 @@ def logs(options: argparse.Namespace) -> None:
     tail = (None if since else _TAIL) if options.tail is None else options.tail
     if tail is not None and tail < -1:
         raise ConfigError(f"--tail {tail}: expected a number of lines, or -1 for all")
-    kube = _open(options)
     from whalepod.cluster import kube_logs, kube_status  # noqa: PLC0415
 
-    release = kube_status.find_release(kube, options.release)
-    pods, version, selector = kube_status.find_pods(kube, release)
     choice = kube_logs.Choice(
         options.role,
         options.pod,
@@ -199,17 +196,20 @@ def logs(options: argparse.Namespace) -> None:
         None if tail == -1 else tail,
         options.previous,
     )
-    chosen = choice.of(pods)
-    if options.follow:
-        lines = kube_logs.Tail(kube, choice, selector, version).lines(chosen)
-    else:
-        lines = kube_logs.read(kube, chosen, choice)
-    for line in lines:
-        if not line.stamp:
-            print(f"{line.pod}: {line.text}", file=sys.stderr)
-            continue
-        stamp = f"{line.stamp} " if options.timestamps else ""
-        print(f"{line.pod} | {stamp}{line.text}", flush=options.follow)
+    with _open(options) as kube:
+        release = kube_status.find_release(kube, options.release)
+        pods, version, selector = kube_status.find_pods(kube, release)
+        chosen = choice.of(pods)
+        if options.follow:
+            lines = kube_logs.Tail(kube, choice, selector, version).lines(chosen)
+        else:
+            lines = kube_logs.read(kube, chosen, choice)
+        for line in lines:
+            if not line.stamp:
+                print(f"{line.pod}: {line.text}", file=sys.stderr)
+                continue
+            stamp = f"{line.stamp} " if options.timestamps else ""
+            print(f"{line.pod} | {stamp}{line.text}", flush=options.follow)
 
 
 def seconds(text: str) -> int:
