@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -31,7 +32,8 @@ class Pods:
 
     Attributes:
         needs: requests of one pod, by resource.
-        containers: requests and limits of each container, by resource.
+        limits: limits of one pod, by resource.
+        containers: the most that each container may use (limits, else requests), by resource.
         claims: persistent volume claims that every one of them mounts.
         capabilities: what the containers add to their Linux capabilities.
     """
@@ -39,6 +41,7 @@ class Pods:
     group: str
     count: int
     needs: Amounts = field(default_factory=dict)
+    limits: Amounts = field(default_factory=dict)
     containers: tuple[Amounts, ...] = ()
     selector: dict[str, str] = field(default_factory=dict)
     tolerations: tuple[Object, ...] = ()
@@ -122,14 +125,14 @@ def _pods(document: Object) -> Iterator[Pods]:
 
 def _group(name: str, holder: Object, count: int) -> Pods:
     spec = dig(holder, "template", "spec", kind=dict, default={})
-    needs: Amounts = {}
+    needs, bounds = Counter[str](), Counter[str]()
     containers: list[Amounts] = []
     capabilities: set[str] = set()
     for container in objects(spec, "containers"):
         limits = _amounts(strings(container, "resources", "limits"))
         requests = {**limits, **_amounts(strings(container, "resources", "requests"))}
-        for key, value in requests.items():
-            needs[key] = needs.get(key, 0.0) + value
+        needs.update(requests)
+        bounds.update(limits)
         containers.append({**requests, **limits})
         added = dig(container, "securityContext", "capabilities", "add", kind=list, default=[])
         capabilities.update(map(str, added))
@@ -139,7 +142,8 @@ def _group(name: str, holder: Object, count: int) -> Pods:
     return Pods(
         name,
         count,
-        needs,
+        dict(needs),
+        dict(bounds),
         tuple(containers),
         strings(spec, "nodeSelector"),
         tuple(objects(spec, "tolerations")),

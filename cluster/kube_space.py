@@ -115,7 +115,7 @@ def _wanted(key: str, demand: Demand | None) -> float:
         return float(sum(p.count for p in demand.pods))
     if key.startswith("limits."):
         resource = key.removeprefix("limits.")
-        return sum(p.count * c.get(resource, 0.0) for p in demand.pods for c in p.containers)
+        return sum(p.count * p.limits.get(resource, 0.0) for p in demand.pods)
     return demand.total(key.removeprefix("requests."))
 
 

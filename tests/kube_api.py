@@ -18,8 +18,9 @@ NAMESPACE = "whale"
 class Api:
     """Objects by the path that lists them; anything else by `on`.
 
-    Lists honour label selectors, `limit` and `continue`. Later words of `on` win over earlier ones and over
-    the objects.
+    Lists honour label selectors, `limit` and `continue`. One reaction of kmock takes every request
+    and looks the answer up here: with one for each path, each request would be held against all
+    requests before it, once a path.
     """
 
     def __init__(self) -> None:
@@ -27,24 +28,27 @@ class Api:
         self.denied: set[tuple[str, str]] = set()  # (verb, resource) that access reviews refuse
         self.events: list[dict[str, Any]] = []  # what a watch on any list tells, then it ends
         self.url = ""
-        self._turns = 0
+        self._answers: dict[str, Any] = {}
         self._handler = kmock.KubernetesScaffold()
-        self._handler["post", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"] << (
-            self._review
-        )
+        self._handler << self._answer
+        self.on("post /apis/authorization.k8s.io/v1/selfsubjectaccessreviews", self._review)
 
     def add(self, path: str, *objects: dict[str, Any]) -> None:
         """Serve a list; more objects may be added later."""
-        if path not in self.store:
-            self.store[path] = []
-            self._handler["get", path] << (lambda request, path=path: self._list(request, path))
-        self.store[path].extend(objects)
+        self.store.setdefault(path, []).extend(objects)
 
     def on(self, what: str, answer: Any) -> None:
         """Answer `get /path` with a payload: bytes, object, stream, function or `refuse`."""
-        method, path = what.split()
-        self._turns += 1
-        self._handler[method, path] ** self._turns << answer
+        self._answers[what] = answer
+
+    def _answer(self, request: kmock.Request) -> Any:
+        path = request.url.path
+        answer = self._answers.get(f"{request.method.lower()} {path}")
+        if answer is not None:
+            return answer
+        if request.method == "GET" and path in self.store:
+            return self._list(request, path)
+        return refuse(404, f"nothing is at {path}")
 
     def _list(self, request: kmock.Request, path: str) -> Any:
         if request.action == kmock.action.WATCH:
