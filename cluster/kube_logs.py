@@ -17,6 +17,7 @@ from whalepod.cluster.kube_status import group_of
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)")
 _MARGIN_S = 5
 _PATIENCE = 5
+_FINAL = ("configuration", "unreachable", "unauthorized", "forbidden")  # other pods fare no better
 _PASSING = ("unreachable", "timeout", "server")
 Moment = tuple[int, int]
 
@@ -115,7 +116,7 @@ def read(kube: Kube, pods: Iterable[Object], choice: Choice) -> Iterator[Line]:
                 found.append(split(name, line, moment))
                 moment = found[-1].moment
         except KubeError as error:
-            if error.fault not in ("refused", "not found"):  # e.g. it has not started yet
+            if error.fault in _FINAL:
                 raise
             errors.append((name, error))
     if errors and len(errors) == len(pods):
@@ -213,7 +214,7 @@ class Tail:
                         self._see(pod)
                 elif error.fault not in _PASSING or failures > _PATIENCE:
                     raise
-                self._stop.wait(self._pause_s)
+            self._stop.wait(self._pause_s)  # also where a proxy ends every watch at once
 
     def _pump(self, pod: Object, uid: str) -> None:
         name, container = name_of(pod), self._choice.container_of(pod)
@@ -233,13 +234,13 @@ class Tail:
                         arrived = time.monotonic()
                         self._queue.put(line)
             except KubeError as error:
-                if error.fault == "refused" and not told:  # e.g. it has not started yet
+                if error.fault == "not found":
+                    self._ended.add(uid)
+                elif error.fault in ("unauthorized", "forbidden"):
+                    raise
+                elif error.fault != "timeout" and not told:  # it has not started, its node is lost
                     self._queue.put(Line(name, "", error.what))
                     told = True
-                elif error.fault == "not found":
-                    self._ended.add(uid)
-                elif error.fault not in (*_PASSING, "refused"):
-                    raise
             if uid in self._ended:
                 break
             self._stop.wait(self._pause_s)

@@ -24,6 +24,10 @@ Fault = Literal[
 ]
 Object = dict[str, Any]
 T = TypeVar("T")
+_NAMES: dict[type, str] = {
+    **{str: "a text", int: "a whole number", bool: "true or false", list: "a list"},
+    dict: "an object",
+}
 
 
 class KubeError(WhalepodError):
@@ -57,7 +61,7 @@ def dig(value: Mapping[str, Any], *path: str, kind: type[T], default: T | None =
         if place is None:
             return default
     if not isinstance(place, kind) or (kind is int and isinstance(place, bool)):
-        raise _malformed(value, path, f"a {kind.__name__}", place)
+        raise _malformed(value, path, _NAMES.get(kind, kind.__name__), place)
     return place
 
 

@@ -156,7 +156,7 @@ def test_a_server_without_tls_or_with_a_broken_connection(api: Api, tmp_path: Pa
         ({"items": {"a": 1}}, "a list named items"),
         ({"items": [1]}, "a list of objects"),
         ({"items": [{"kind": "Node"}]}, "metadata.name is None"),
-        ({"items": [], "metadata": []}, "expected a dict"),
+        ({"items": [], "metadata": []}, "expected an object"),
     ],
 )
 def test_malformed_lists(api: Api, kube: Kube, answer: object, said: str) -> None:
