@@ -76,11 +76,15 @@ RECORDS = tuple(Access(verb, "secrets") for verb in ("get", "list", "create", "u
 HELM_VERBS = ("get", "create", "patch", "delete")
 CHART: tuple[tuple[str, str, bool], ...] = (  # group, resource, namespaced; with its defaults
     ("", "configmaps", True),
+    ("", "persistentvolumeclaims", True),
+    ("", "pods", True),  # helm test
     ("", "services", True),
     ("", "serviceaccounts", True),
+    ("batch", "jobs", True),
     ("networking.k8s.io", "networkpolicies", True),
     ("policy", "poddisruptionbudgets", True),
     ("ray.io", "rayservices", True),
+    ("rbac.authorization.k8s.io", "roles", True),
 )
 
 

@@ -157,8 +157,9 @@ class Transport:
         finally:
             reply.close()
 
-    def refusal(self, what: Access, name: str, status: int, body: str) -> KubeError:
+    def refusal(self, what: Access, name: str, status: int, body: str | bytes | None) -> KubeError:
         """An HTTP status of 400 or more, told with the way out."""
+        body = body.decode("utf-8", "replace") if isinstance(body, bytes) else body or ""
         try:
             told = json.loads(body)
             said = str(told.get("message") or told) if isinstance(told, dict) else body
@@ -185,8 +186,7 @@ class Transport:
                 *args, _preload_content=False, _request_timeout=(self.timeout_s, idle_s), **options
             )
             if not 200 <= reply.status <= 299:  # older clients raise ApiException by themselves
-                text = reply.data.decode("utf-8", "replace")
-                raise self.refusal(what, name, reply.status, text)
+                raise self.refusal(what, name, reply.status, reply.data)
             return reply
 
     @contextmanager
@@ -196,7 +196,7 @@ class Transport:
             yield
         except client.ApiException as error:
             if error.status:
-                raise self.refusal(what, name, error.status, str(error.body)) from None
+                raise self.refusal(what, name, error.status, error.body) from None
             raise self._unreachable(shown, error.reason) from None
         except net.NewConnectionError as error:
             raise self._unreachable(shown, error) from None

@@ -51,7 +51,7 @@ class Api:
         return refuse(404, f"nothing is at {path}")
 
     def _list(self, request: kmock.Request, path: str) -> Any:
-        if request.action == kmock.action.WATCH:
+        if "watch" in request.params:
             return (b"", *self.events)
         chosen = [o for o in self.store[path] if matches(o, request.params)]
         start = int(request.params.get("continue", 0))

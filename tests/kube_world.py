@@ -12,7 +12,7 @@ RAY = f"/apis/ray.io/v1/namespaces/{NAMESPACE}"
 CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 PODS = f"{CORE}/pods"
 DEPLOYMENTS = "/apis/apps/v1/deployments"
-STATUS = f"{CORE}/services/http:deep-serve-svc:8000/proxy/status"
+STATUS = f"{CORE}/services/http:deep-status:serve/proxy/status"
 CLASSES = "/apis/storage.k8s.io/v1/storageclasses"
 
 

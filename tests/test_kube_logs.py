@@ -83,7 +83,7 @@ def test_lines_of_all_pods_in_the_order_of_time(api: Api, run: Run) -> None:
     asked = [r.params for r in api.requests if r.subresource == "log"]
     assert {p["container"] for p in asked} == {"ray"}
     assert {p["tailLines"] for p in asked} == {"200"}
-    assert all("sinceSeconds" not in p and p["previous"] == "false" for p in asked)
+    assert all("sinceSeconds" not in p and p["previous"].lower() == "false" for p in asked)
 
 
 def test_what_is_asked_for(api: Api, run: Run) -> None:
@@ -92,7 +92,7 @@ def test_what_is_asked_for(api: Api, run: Run) -> None:
     assert told == ["deep-exp-0 | 2026-01-31T12:00:02.000000000Z two"]
     asked = api.requests[-1].params
     assert asked["sinceSeconds"] == "5400"
-    assert asked["previous"] == "true"
+    assert asked["previous"].lower() == "true"
     assert "tailLines" not in asked
     run("--pod", "deep-exp-0", "--tail", "7", "-c", "wait")
     asked = api.requests[-1].params

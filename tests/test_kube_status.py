@@ -117,10 +117,14 @@ def test_trouble_is_shown(api: Api, run: Run) -> None:
 
 
 def test_the_service_that_is_asked(api: Api, run: Run) -> None:
-    api.on(f"get {STATUS.replace('deep-serve-svc:8000', 'front:80')}", {**report(), "epoch": 9})
+    path = f"get {STATUS}"
+    api.on(path.replace("deep-status:serve", "front:80"), {**report(), "epoch": 9})
     assert run.json("--service", "front:80")["report"]["epoch"] == 9
-    api.on(f"get {STATUS.replace('deep-serve-svc', 'front')}", {**report(), "epoch": 10})
+    api.on(path.replace("deep-status", "front"), {**report(), "epoch": 10})
     assert run.json("--service", "front")["report"]["epoch"] == 10
+    api.on(path, refuse(404))
+    api.on(path.replace("deep-status", "deep-serve-svc"), {**report(), "epoch": 11})
+    assert run.json()["report"]["epoch"] == 11
 
 
 @pytest.mark.parametrize(

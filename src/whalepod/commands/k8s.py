@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 Parsers = Any
 _TAIL = 200
-_SERVICE_PORT = "8000"
+# The chart's service of the ingress whether ready or not; else KubeRay's own of what is ready.
+_SERVICES, _PORT = ("status", "serve-svc"), "serve"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -65,7 +66,7 @@ def _add_status(parts: Parsers) -> None:
     parser.add_argument(
         "--service",
         metavar="NAME[:PORT]",
-        help="service of the ingress, asked through the API server; default: RAYSERVICE-serve-svc",
+        help="service of the ingress, asked through the API server; default: the chart's",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     _add_cluster(parser)
@@ -173,9 +174,16 @@ def _report(options: argparse.Namespace, kube: Kube, release: Release) -> dict[s
                 f"{url} does not answer with a report ({error or type(error).__name__})",
                 "is the port-forward up? (kubectl port-forward service/NAME 8000)",
             ) from None
-    name, _, port = (options.service or f"{release.serve_name}-serve-svc").partition(":")
-    found = kube.service(name, port or _SERVICE_PORT, "status")
-    return checked_report(found, f"service {name}")
+    if options.service:
+        name, _, port = options.service.partition(":")
+        return checked_report(kube.service(name, port or _PORT, "status"), f"service {name}")
+    first, second = (f"{release.serve_name}-{ending}" for ending in _SERVICES)
+    try:
+        return checked_report(kube.service(first, _PORT, "status"), f"service {first}")
+    except kube_objects.KubeError as error:
+        if error.fault != "not found":
+            raise
+    return checked_report(kube.service(second, _PORT, "status"), f"service {second}")
 
 
 def logs(options: argparse.Namespace) -> None:
