@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import kmock
+from aiohttp.test_utils import RawTestServer
 
 NAMESPACE = "whale"
+
+
+class _Server(RawTestServer):
+    """Does not wait long for clients that ask on while it stops, as a follower of logs does."""
+
+    async def _make_runner(self, **options: Any) -> Any:
+        return await super()._make_runner(shutdown_timeout=0.2, **options)
 
 
 class Api:
@@ -74,7 +82,7 @@ class Api:
         ready, stop, loop = threading.Event(), asyncio.Event(), asyncio.new_event_loop()
 
         async def run() -> None:
-            async with self._handler, kmock.Server(self._handler) as server:
+            async with self._handler, kmock.Server(self._handler, server_cls=_Server) as server:
                 self.url = str(server.url).rstrip("/")
                 ready.set()
                 await stop.wait()

@@ -22,6 +22,8 @@ from whalepod.cluster.kube_preflight import preflight
 from whalepod.config import Config
 from whalepod.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def api() -> Iterator[Api]:
