@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -543,3 +545,9 @@ class TestDemand:
     def test_of_config(self) -> None:
         data = {"model": {"path": "/m"}, "cluster": {"gpus_per_member": 0.5}}
         assert of_config(Config.from_dict(data), "c").gpus == 2  # 4 members, half a GPU each
+
+
+def test_other_commands_start_without_the_kubernetes_client() -> None:
+    code = "import sys, whalepod.cli as c; c.parser(); print('kubernetes' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
