@@ -33,7 +33,7 @@ def api() -> Iterator[Api]:
 
 @pytest.fixture
 def kube(api: Api, tmp_path: Path) -> Iterator[Kube]:
-    with Kube.open(api.kubeconfig(tmp_path), timeout_s=1) as found:
+    with Kube.open(api.kubeconfig(tmp_path), timeout_s=10) as found:
         yield found
 
 

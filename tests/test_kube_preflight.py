@@ -37,7 +37,7 @@ def api() -> Iterator[Api]:
 
 @pytest.fixture
 def kube(api: Api, tmp_path: Path) -> Iterator[Kube]:
-    with Kube.open(api.kubeconfig(tmp_path), timeout_s=2) as found:
+    with Kube.open(api.kubeconfig(tmp_path), timeout_s=20) as found:
         yield found
 
 
@@ -148,6 +148,8 @@ def test_kuberay_is_missing_or_old(api: Api, kube: Kube) -> None:
     unready = definition("rayservices") | {"status": {}}
     api.on(path, unready)
     only(bad(kube), "failure", "kuberay", "is not established")
+    api.on(path, refuse(500))
+    only(bad(kube), "failure", "kuberay", "could not look: get customresourcedefinitions")
     api.on(path, {"metadata": {"name": "x"}, "spec": {"versions": "v1"}})
     only(bad(kube), "failure", "kuberay", "expected a list")
 

@@ -116,6 +116,18 @@ def test_trouble_is_shown(api: Api, run: Run) -> None:
     assert "member e7 on 10.9.9.9 (joining): no pod of the release has that address" in text
 
 
+def test_an_upgrade_under_way(api: Api, run: Run) -> None:
+    (service,) = api.store[f"{RAY}/rayservices"]
+    status = service["status"]
+    status["pendingServiceStatus"] = {"rayClusterName": "deep-def"}
+    status["reason"] = "waiting"
+    status["activeServiceStatus"]["applicationStatuses"]["whalepod"]["message"] = "a\nlast line\n"
+    lines = run(RELEASE).splitlines()
+    assert "cluster deep-def is being prepared" in lines[0]
+    assert lines[1] == "  waiting"
+    assert "    last line" in lines
+
+
 def test_the_service_that_is_asked(api: Api, run: Run) -> None:
     path = f"get {STATUS}"
     api.on(path.replace("deep-status:serve", "front:80"), {**report(), "epoch": 9})
