@@ -16,7 +16,9 @@ def state(report, address):
     mine = [member for member in report["members"] if member["host"] == address]
     if not mine:
         return f"no member of {address} has joined"
-    idle = [f"{member['name']} is {member['state']}" for member in mine if member["state"] != "serving"]
+    idle = [
+        f"{member['name']} is {member['state']}" for member in mine if member["state"] != "serving"
+    ]
     return "; ".join(idle)
 
 
