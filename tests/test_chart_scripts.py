@@ -142,10 +142,10 @@ def test_waiting_ends_with_the_mark(tmp_path: Path) -> None:
         (["serving", "serving"], ""),
         (["serving", "joining"], "m1 is joining"),
         (["leaving"], "m0 is leaving"),
-        ([], "no member of 10.0.0.1 has joined"),
+        ([], None),
     ],
 )
-def test_a_pod_is_ready_while_its_members_serve(states: list[str], why: str) -> None:
+def test_a_pod_is_ready_while_its_members_serve(states: list[str], why: str | None) -> None:
     mine = [{"name": f"m{i}", "host": "10.0.0.1", "state": s} for i, s in enumerate(states)]
     other = {"name": "other", "host": "10.0.0.2", "state": "serving"}
     assert load("member_ready").state({"members": [other, *mine]}, "10.0.0.1") == why
@@ -154,7 +154,7 @@ def test_a_pod_is_ready_while_its_members_serve(states: list[str], why: str) -> 
 def test_the_probe_fails_while_the_ingress_does_not_answer() -> None:
     done = run("member_ready.py", "http://127.0.0.1:1/status", POD_IP="127.0.0.1")
     assert done.returncode == 1
-    assert "does not tell" in done.stderr
+    assert "127.0.0.1 does not tell" in done.stderr
 
 
 def test_the_probe_reads_what_the_ingress_tells() -> None:
@@ -165,6 +165,34 @@ def test_the_probe_reads_what_the_ingress_tells() -> None:
     done = served(Scripted(), ask)
     assert done.returncode == 1
     assert "no member of 127.0.0.1 has joined" in done.stderr
+
+
+def test_the_probe_asks_on_where_an_ingress_is_dead_or_of_another_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ready = load("member_ready")
+    mine = {"name": "m", "host": "10.0.0.1", "state": "joining"}
+    told: dict[str, list[dict[str, str]] | None] = {
+        "10.1.0.1": None,
+        "10.1.0.2": [],
+        "10.1.0.3": [mine],
+    }
+
+    def fetch(address: str, port: int, path: str) -> dict[str, object]:
+        assert (port, path) == (8000, "/status")
+        members = told[address]
+        if members is None:
+            raise OSError("refused")
+        return {"members": members}
+
+    found = [(0, 0, 0, "", (address, 8000)) for address in told]
+    monkeypatch.setattr(ready.socket, "getaddrinfo", lambda *a, **k: found)
+    monkeypatch.setattr(ready, "fetch", fetch)
+    assert ready.judge("http://status:8000/status", "10.0.0.1") == "m is joining"
+    mine["state"] = "serving"
+    assert ready.judge("http://status:8000/status", "10.0.0.1") == ""
+    told["10.1.0.3"] = []
+    assert ready.judge("http://status:8000/status", "10.0.0.1")
 
 
 def test_the_smoke_test_speaks_http_and_grpc() -> None:
