@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from chart.hub import FILES, REPOSITORY, REVISION, Dashboard, Hub, run
+from chart.hub import FILES, REPOSITORY, REVISION, ROOT, Dashboard, Hub, run
 from edge import Edge, served
 from engines import Scripted
 
@@ -204,6 +205,34 @@ def test_the_smoke_test_speaks_http_and_grpc() -> None:
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["HTTP", "stream", "gRPC"]
     assert len(engine.requests) == 3
+
+
+def commands() -> list[str]:
+    """The commands that lead a newcomer from an empty cluster to the first answer."""
+    block = (ROOT / "helm" / "README.md").read_text().split("```sh\n")[1].split("```")[0]
+    return block.replace("\\\n", "").strip().splitlines()
+
+
+def test_six_commands_lead_to_the_first_answer() -> None:
+    found = commands()
+    assert len(found) <= 6
+    install = next(shlex.split(c, comments=True) for c in found if " helm/whalepod" in c)
+    assert (ROOT / install[3]).is_dir()
+    assert (ROOT / install[5]).is_file()
+
+
+def test_the_last_of_them_gets_the_answer() -> None:
+    code = shlex.split(commands()[-1])[-1]
+    assert "http://whalepod-serve-svc:8000/" in code
+
+    async def ask(servers: Edge) -> subprocess.CompletedProcess[str]:
+        here = code.replace("http://whalepod-serve-svc:8000", servers.http)
+        command = [sys.executable, "-c", here]
+        return await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
+
+    done = served(Scripted([104, 105, 33]), ask)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["usage"]["completion_tokens"] == 3
 
 
 def test_the_smoke_test_says_why_nothing_is_served() -> None:
