@@ -1,7 +1,7 @@
 """The network policies, evaluated: who may reach whom on which port."""
 
 import pytest
-from chart.render import CASES, Doc, docs, groups, ray_spec
+from chart.render import CASES, Doc, docs, groups, one, ray_spec
 
 pytestmark = pytest.mark.helm
 OPERATOR = {"app.kubernetes.io/name": "kuberay-operator"}
@@ -55,6 +55,11 @@ def allowed(case: str, source: Doc, target: Doc, port: int, protocol: str = "TCP
         pod["namespace"] != "serving" or _side(policies, way, pod, peer, port, protocol)
         for way, pod, peer in ends
     )
+
+
+def _rules(case: str, ending: str, way: str) -> list[Doc]:
+    rules: list[Doc] = one(docs(case), "NetworkPolicy", ending)["spec"][way]
+    return rules
 
 
 def role(case: str, name: str) -> Doc:
@@ -139,6 +144,8 @@ def test_gateway_prometheus_redis_hub_and_api_server_where_they_are_used() -> No
     assert allowed("autoscaled", role("autoscaled", "head"), stranger("api"), 6443)
     assert not allowed("laptop", role("laptop", "head"), stranger("api"), 6443)
     assert allowed("minimal-flash", job("model"), stranger("internet"), 443)
+    for port, way in ((443, True), (3128, True), (8080, False)):
+        assert _port(_rules("nvlink-domain", "-model", "egress")[0]["ports"], port, "TCP") is way
     assert not allowed("air-gapped", job("model"), stranger("internet"), 443)
 
 
