@@ -69,7 +69,10 @@ class Member:
             self._emit,
             max_queue=engine.max_queue,
             max_context=context_limit(self.config, self.model),
+            draft_tokens=engine.draft_tokens,
         )
+        if engine.draft_tokens:
+            stage.drafter = self.source.drafter(stage, slots=engine.max_batch)
         self._first = FirstStage(self.loop, stage, self.config.topology)
 
     def prepare(self, epoch: Epoch) -> None:

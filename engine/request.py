@@ -69,12 +69,22 @@ class Sequence:
     the prompt are those generated here or replayed from a former member.
     """
 
-    __slots__ = ("blocks", "cancelled", "computed", "finished", "request", "slot", "tokens")
+    __slots__ = (
+        "blocks",
+        "cancelled",
+        "computed",
+        "drafts",
+        "finished",
+        "request",
+        "slot",
+        "tokens",
+    )
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.tokens = [*request.prompt_ids, *request.emitted]
         self.computed = 0
+        self.drafts: list[int] = []
         self.slot = -1
         self.blocks: list[int] = []
         self.cancelled = False

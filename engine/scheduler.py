@@ -28,6 +28,7 @@ class Scheduler:
         self.slots, self.blocks = BlockPool(slots), BlockPool(blocks)
         self.block_tokens, self.step_tokens = block_tokens, step_tokens
         self.preemptions = 0
+        self.drafts = 0  # guesses to verify for each sequence that has some
 
     @property
     def busy(self) -> bool:
@@ -73,7 +74,7 @@ class Scheduler:
     def advance(self, planned: list[tuple[Sequence, Part]]) -> None:
         """The planned parts have been computed and committed."""
         for sequence, part in planned:
-            sequence.computed += len(part.ids)
+            sequence.computed += len(part.ids) - part.drafts
 
     def _plan_one(
         self, sequence: Sequence, budget: int, planned: list[tuple[Sequence, Part]]
@@ -82,18 +83,27 @@ class Scheduler:
         if sequence not in self.running or count <= 0:
             return 0
         end = sequence.computed + count
-        if not self._grow(sequence, end, planned):
+        drafts = self._drafts(sequence, budget) if sequence.pending == 1 else []
+        if not self._grow(sequence, end + len(drafts), planned):
             return 0
         whole = end == len(sequence.tokens)
         part = Part(
             sequence.slot,
             sequence.computed,
-            tuple(sequence.tokens[sequence.computed : end]),
+            (*sequence.tokens[sequence.computed : end], *drafts),
             tuple(sequence.blocks),
             (sequence.request.sampling, end) if whole else None,
+            len(drafts),
         )
         planned.append((sequence, part))
-        return count
+        return len(part.ids)
+
+    def _drafts(self, sequence: Sequence, budget: int) -> list[int]:
+        """Guesses worth verifying: never one past the request's last token, and for free room."""
+        remaining = sequence.request.max_tokens - sequence.generated
+        count = min(self.drafts, remaining - 1, budget - 1)
+        room = (self.blocks.free + len(sequence.blocks)) * self.block_tokens
+        return sequence.drafts[: max(0, min(count, room - len(sequence.tokens)))]
 
     def _grow(self, sequence: Sequence, tokens: int, planned: list[tuple[Sequence, Part]]) -> bool:
         """Give a sequence blocks for `tokens`, from younger ones if need be."""
@@ -112,6 +122,7 @@ class Scheduler:
         self.running.remove(victim)
         self._release(victim)
         victim.computed = 0
+        victim.drafts = []
         self.waiting.appendleft(victim)
         self.preemptions += 1
 
