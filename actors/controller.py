@@ -119,6 +119,7 @@ def get_controller(config: Config, model: ModelConfig) -> ActorHandle:
         max_task_retries=0,
         max_concurrency=1000,
         num_cpus=0,
+        label_selector=config.cluster.label_selector.get("controller", {}),
     ).remote(config.model_dump(mode="json"), model.model_dump(mode="json"))
     return handle
 

@@ -163,6 +163,7 @@ def _start_stage(
     options = {
         "num_cpus": parsed.cluster.cpus_per_member,
         "num_gpus": parsed.cluster.gpus_per_member,
+        "label_selector": parsed.cluster.label_selector.get("attention", {}),
     }
     handle: ActorHandle = actor.options(max_concurrency=100, **options).remote(
         config, name, stage, replica

@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from whalepod.actors.client import RayClient
 from whalepod.actors.pools import AttentionReplica, ExpertsReplica, RouterReplica
 from whalepod.actors.ports import bind_to_own_address
-from whalepod.config import Config
+from whalepod.config import Config, Place
 from whalepod.engine.member import context_limit
 from whalepod.ingress.grpc import GrpcServer
 from whalepod.ingress.http import make_app
@@ -85,7 +85,7 @@ class Ingress:
             await asyncio.gather(*(listener.stop() for listener in listeners))
 
 
-def _pool(kind: type, name: str, replicas: int, config: Config, **options: Any) -> Any:
+def _pool(kind: type, name: Place, replicas: int, config: Config, **options: Any) -> Any:
     """A deployment whose replicas are members."""
     cluster = config.cluster
     return serve.deployment(
@@ -95,6 +95,7 @@ def _pool(kind: type, name: str, replicas: int, config: Config, **options: Any) 
         ray_actor_options={
             "num_cpus": cluster.cpus_per_member,
             "num_gpus": cluster.gpus_per_member,
+            "label_selector": cluster.label_selector.get(name, {}),
         },
         health_check_period_s=1,
         health_check_timeout_s=10,
@@ -122,7 +123,10 @@ def build(args: dict[str, Any]) -> Application:
         Ingress,
         name="ingress",
         num_replicas=config.server.replicas,
-        ray_actor_options={"num_cpus": config.cluster.cpus_per_member},
+        ray_actor_options={
+            "num_cpus": config.cluster.cpus_per_member,
+            "label_selector": config.cluster.label_selector.get("ingress", {}),
+        },
         max_ongoing_requests=4096,
     )
     return ingress.bind(plain, attention, *pools)

@@ -47,6 +47,8 @@ def test_the_digest_covers_what_members_must_agree_on() -> None:
     base = digest()
     assert digest(topology={"experts": 5}) == base
     assert digest(server={"http_port": 1234}) == base
+    selector = {"experts": {"whalepod/role": "experts"}}
+    assert digest(cluster={"label_selector": selector}) == base
     assert digest(engine={"max_batch": 5}) != base
     assert digest(topology={"micro_batches": 1}) != base
 

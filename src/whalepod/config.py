@@ -97,6 +97,9 @@ class Engine(Section):
     )
 
 
+Place = Literal["controller", "ingress", "attention", "experts", "router"]
+
+
 class Cluster(Section):
     """How members find each other and notice each other's loss."""
 
@@ -112,6 +115,10 @@ class Cluster(Section):
     )
     cpus_per_member: float = Field(default=0.1, ge=0, description="Ray CPUs a member reserves")
     gpus_per_member: float = Field(default=0.0, ge=0, description="Ray GPUs a member reserves")
+    label_selector: dict[Place, dict[str, str]] = Field(
+        default_factory=dict,
+        description="Ray node labels that nodes must have to hold a pool's members, by pool",
+    )
 
 
 class Server(Section):
@@ -151,9 +158,13 @@ class Config(Section):
 
     @property
     def digest(self) -> str:
-        """Hash of everything members must agree on (pool sizes may differ); part of every epoch."""
+        """Hash of all that members must agree on (not pools' sizes and places); part of epochs."""
         shared = self.model_dump_json(
-            exclude={"server": True, "topology": {"attention", "experts", "routers"}}
+            exclude={
+                "server": True,
+                "topology": {"attention", "experts", "routers"},
+                "cluster": {"label_selector"},
+            }
         )
         return hashlib.sha256(shared.encode()).hexdigest()[:16]
 
