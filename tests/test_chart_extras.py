@@ -7,6 +7,7 @@ import pytest
 import yaml
 from chart.render import CHART, ROOT, Doc, docs, groups, one, ray_spec
 
+from whalepod.cluster import kube_access
 from whalepod.ingress.grpc import NAME
 from whalepod.metrics import Metrics
 from whalepod.model.inspection import inspect_config
@@ -92,3 +93,10 @@ def test_a_compute_domain_spans_the_gpu_pods_which_claim_it() -> None:
         assert spec["resourceClaims"][0]["resourceClaimTemplateName"] == claim
         assert spec["containers"][0]["resources"]["claims"] == [{"name": "nvlink-domain"}]
     assert "resourceClaims" not in made["ingress"]["template"]["spec"]
+
+
+def test_the_commands_role_is_what_the_commands_call() -> None:
+    found = docs("overrides")
+    for kind, namespaced in (("Role", True), ("ClusterRole", False)):
+        wanted = kube_access.rules(a for a in kube_access.COMMANDS if a.namespaced == namespaced)
+        assert one(found, kind)["rules"] == wanted
