@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import time
 from collections.abc import Callable
@@ -66,7 +67,7 @@ class Cluster:
     def replace(self, gone: Sandbox) -> Sandbox:
         """Start a pod in the place of one that is gone, with an address of its own."""
         self.pods.remove(gone)
-        sandbox = self._add(gone.pod)
+        sandbox = self._add(dataclasses.replace(gone.pod, name=f"{gone.pod.name}n"))
         self._bring_up(sandbox)
         return sandbox
 

@@ -6,9 +6,12 @@ Run by `make test-netns`, which makes the private network that this needs.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import netpods
 import pytest
 import torch
@@ -27,7 +30,7 @@ pytestmark = [
     pytest.mark.timeout(240),
     pytest.mark.skipif(not netpods.private_network(), reason="`make test-netns` runs this"),
 ]
-PROMPT, TOKENS = "The whale swam", 24
+PROMPT, TOKENS = "The whale swam", 160
 MANIFEST = Path(__file__).parent / "data" / "rayservice.yaml"
 
 
@@ -66,3 +69,49 @@ def cluster(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
 def test_answers_over_http_and_grpc(cluster: Cluster, expected: str) -> None:
     assert cluster.ask_http(PROMPT, TOKENS) == expected
     assert cluster.ask_grpc(PROMPT, TOKENS) == expected
+
+
+def test_members_are_where_their_group_is(cluster: Cluster) -> None:
+    found = cluster.application()["deployments"]
+    for pool in ("ingress", "attention", "experts"):
+        addresses = {p.address for p in cluster.group(pool)}
+        assert {r["node_ip"] for r in found[pool]["replicas"]} == addresses, pool
+
+
+def test_every_probe_says_ready(cluster: Cluster) -> None:
+    told = {p.pod.name: p.ready() for p in cluster.pods}
+    assert set(told.values()) == {""}, told
+
+
+def test_the_dashboard_wants_the_token(cluster: Cluster) -> None:
+    right, cluster.token = cluster.token, "wrong"
+    try:
+        with pytest.raises(httpx.HTTPStatusError, match=r"40[13]"):
+            cluster.rest("GET", "/api/serve/applications/")
+    finally:
+        cluster.token = right
+
+
+def experts(cluster: Cluster) -> list[str]:
+    told = cluster.status().get("members", [])
+    return [m["name"] for m in told if m["pool"] == "experts" and m["state"] == "serving"]
+
+
+@pytest.mark.parametrize("loss", ["kill", "cut_off"])
+def test_an_expert_node_is_lost_under_a_stream(cluster: Cluster, expected: str, loss: str) -> None:
+    before, victim = set(experts(cluster)), cluster.group("experts")[0]
+    with ThreadPoolExecutor(1) as one:
+        answer = one.submit(cluster.ask_http, PROMPT, TOKENS)
+        time.sleep(0.5)
+        assert not answer.done(), "the stream ended before anything happened"
+        getattr(victim, loss)()
+        begun = time.monotonic()
+        assert answer.result() == expected
+    cluster.times[f"answer after {loss}"] = time.monotonic() - begun
+    assert cluster.ask_grpc(PROMPT, TOKENS) == expected
+    victim.kill()
+    cluster.replace(victim)
+    cluster.until(lambda: len(experts(cluster)) == 2, "two experts to serve")
+    assert set(experts(cluster)) != before
+    assert cluster.ask_http(PROMPT, TOKENS) == expected
+    cluster.times[f"whole after {loss}"] = time.monotonic() - begun
