@@ -91,7 +91,8 @@ class Sandbox:
         self.folder = network.folder / pod.name
         self.folder.mkdir()
         self._pause = subprocess.Popen(
-            ["unshare", "--net", "--ipc", "--uts", "--kill-child", "sleep", "infinity"]
+            ["unshare", "--net", "--ipc", "--uts", "--kill-child", "sleep", "infinity"],
+            stderr=subprocess.DEVNULL,
         )
         self._main: subprocess.Popen[bytes] | None = None
         self._plug()

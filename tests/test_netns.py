@@ -97,7 +97,7 @@ def experts(cluster: Cluster) -> list[str]:
     return [m["name"] for m in told if m["pool"] == "experts" and m["state"] == "serving"]
 
 
-@pytest.mark.parametrize("loss", ["kill", "cut_off"])
+@pytest.mark.parametrize("loss", ["cut_off", "kill"])
 def test_an_expert_node_is_lost_under_a_stream(cluster: Cluster, expected: str, loss: str) -> None:
     before, victim = set(experts(cluster)), cluster.group("experts")[0]
     with ThreadPoolExecutor(1) as one:
