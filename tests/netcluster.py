@@ -27,23 +27,21 @@ class Cluster:
     """The pods of a RayService.
 
     Args:
-        document: the RayService.
-        claims: folders for the volume claims of its pods.
-        also: further rendered objects; their ConfigMaps are mounted where pods ask for them.
+        objects: what was rendered: one RayService, and the ConfigMaps and Services that it uses.
+        model: a checkpoint folder; where pods look for it.
     """
 
-    def __init__(
-        self, document: dict[str, Any], claims: dict[str, Path], also: list[dict[str, Any]]
-    ) -> None:
-        self.document, self.image = document, Image.from_environment()
+    def __init__(self, objects: list[dict[str, Any]], model: tuple[Path, str]) -> None:
+        (self.document,) = (d for d in objects if d["kind"] == "RayService")
+        self._services = [d for d in objects if d["kind"] == "Service"]
+        self.image = Image.from_environment()
         self.token = secrets.token_hex(32)
-        auth = document["spec"]["rayClusterConfig"]["authOptions"]
+        auth = self.document["spec"]["rayClusterConfig"]["authOptions"]
+        maps = {d["metadata"]["name"]: d["data"] for d in objects if d["kind"] == "ConfigMap"}
         self.volumes = Volumes(
             secrets={auth["secretName"]: {"auth_token": self.token}},
-            config_maps={
-                d["metadata"]["name"]: d.get("data", {}) for d in also if d["kind"] == "ConfigMap"
-            },
-            claims=claims,
+            config_maps=maps,
+            files={model[1]: model[0]},
         )
         self.network = Network()
         self.pods: list[Sandbox] = []
@@ -51,13 +49,12 @@ class Cluster:
 
     def start(self) -> None:
         """Start every pod, deploy, and wait until the application serves."""
-        head, *workers = kuberay.pods(self.document)
         begun = time.monotonic()
-        with ThreadPoolExecutor(2) as two:  # as many as there are cores; more only time out
-            self._add(head).start()
-            for sandbox in [self._add(worker) for worker in workers]:
-                two.submit(self._bring_up, sandbox)
-        self.until(lambda: all(p._main is not None for p in self.pods), "pods to start")
+        head, *workers = [self._add(pod) for pod in kuberay.pods(self.document)]
+        self._name_services(head)
+        head.start()
+        with ThreadPoolExecutor(2) as two:  # more at once only time out on few cores
+            list(two.map(self._bring_up, workers))
         self.until(lambda: len(self.nodes()) == len(self.pods), "all nodes to join")
         self.times["nodes"] = time.monotonic() - begun
         self.deploy()
@@ -79,11 +76,21 @@ class Cluster:
 
     def _add(self, pod: kuberay.Pod) -> Sandbox:
         sandbox = Sandbox(self.network, self.image, self.volumes, pod)
-        if pod.head:
-            name = kuberay.head_host(pod.labels["ray.io/cluster"], pod.namespace)
-            self.network.names |= {name: sandbox.address, name.split(".")[0]: sandbox.address}
         self.pods.append(sandbox)
         return sandbox
+
+    def _name_services(self, head: Sandbox) -> None:
+        """Give services the address of the first pod behind them, under the names of cluster DNS."""
+        whole = kuberay.head_host(head.pod.labels["ray.io/cluster"], head.pod.namespace)
+        found = {whole.split(".")[0]: head}
+        for service in self._services:
+            wanted = service["spec"].get("selector", {}).items()
+            behind = [p for p in self.pods if wanted <= p.pod.labels.items()]
+            if wanted and behind:
+                found[service["metadata"]["name"]] = behind[0]
+        domain = whole.split(".", 1)[1]
+        for name, pod in found.items():
+            self.network.names |= {name: pod.address, f"{name}.{domain}": pod.address}
 
     def _bring_up(self, sandbox: Sandbox) -> None:
         sandbox.init()

@@ -50,11 +50,15 @@ class Image:
 
 @dataclass
 class Volumes:
-    """What the cluster would supply: secrets, config maps, and claims as folders."""
+    """What the cluster would supply: secrets, config maps, claims as folders.
+
+    `files` are folders that stand in for what an image has at a path.
+    """
 
     secrets: dict[str, dict[str, str]] = field(default_factory=dict)
     config_maps: dict[str, dict[str, str]] = field(default_factory=dict)
     claims: dict[str, Path] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
 
 
 def environment(
@@ -180,6 +184,9 @@ def mounts(
     if "/dev/shm" not in targets:
         size = container.get("resources", {}).get("limits", {}).get("memory", "256Mi")
         found.append(("tmpfs", "/dev/shm", f"size={kuberay.whole(size)}"))
+    for target, place in volumes.files.items():
+        (root / target.lstrip("/")).mkdir(parents=True, exist_ok=True)
+        found.append((str(place), target, "ro"))
     for told in container.get("volumeMounts", []):
         source, options = _source(known[told["name"]], volumes, folder)
         target = told["mountPath"]

@@ -5,7 +5,6 @@ Run by `make test-netns`, which makes the private network that this needs.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(not netpods.private_network(), reason="`make test-netns` runs this"),
 ]
 PROMPT, TOKENS = "The whale swam", 160
-MANIFEST = Path(__file__).parent / "data" / "rayservice.yaml"
+MANIFEST = Path("/tmp/chart.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +50,8 @@ def expected(tiny: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def cluster(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    (document,) = yaml.safe_load_all(MANIFEST.read_text())
-    claim = tmp_path_factory.mktemp("claim")
-    claim.chmod(0o755)
-    shutil.copytree(tiny, claim / "tiny")
-    (claim / "tiny").chmod(0o755)
-    found = Cluster(document, {"model": claim}, [])
+def cluster(tiny: Path) -> Iterator[Cluster]:
+    found = Cluster(list(yaml.safe_load_all(MANIFEST.read_text())), (tiny, "/models/demo"))
     try:
         found.start()
         yield found

