@@ -15,7 +15,8 @@ import httpx
 import kuberay
 import yaml
 from netfiles import Image, Volumes
-from netpods import Network, Sandbox
+from netpods import CLIENT, NODE, OPERATOR, Network, Sandbox, client
+from netpolicy import Peer, ruleset
 
 from whalepod.protos import inference_pb2 as pb
 from whalepod.protos import inference_pb2_grpc as pb_grpc
@@ -33,6 +34,7 @@ class Cluster:
 
     def __init__(self, objects: list[dict[str, Any]], model: tuple[Path, str]) -> None:
         (self.document,) = (d for d in objects if d["kind"] == "RayService")
+        self._policies = [d for d in objects if d["kind"] == "NetworkPolicy"]
         self._services = [d for d in objects if d["kind"] == "Service"]
         self.image = Image.from_environment()
         self.token = secrets.token_hex(32)
@@ -52,6 +54,7 @@ class Cluster:
         begun = time.monotonic()
         head, *workers = [self._add(pod) for pod in kuberay.pods(self.document)]
         self._name_services(head)
+        self._enforce()
         head.start()
         with ThreadPoolExecutor(2) as two:  # more at once only time out on few cores
             list(two.map(self._bring_up, workers))
@@ -65,6 +68,7 @@ class Cluster:
         """Start a pod in the place of one that is gone, with an address of its own."""
         self.pods.remove(gone)
         sandbox = self._add(dataclasses.replace(gone.pod, name=f"{gone.pod.name}n"))
+        self._enforce()
         self._bring_up(sandbox)
         return sandbox
 
@@ -92,6 +96,15 @@ class Cluster:
         for name, pod in found.items():
             self.network.names |= {name: pod.address, f"{name}.{domain}": pod.address}
 
+    def _enforce(self) -> None:
+        """Make the NetworkPolicies true for every pod that runs."""
+        operator = {"app.kubernetes.io/name": "kuberay-operator"}
+        around = [Peer(CLIENT, {}, {}), Peer(OPERATOR, operator, {}, "kuberay")]
+        peers = {p.pod.name: p.peer for p in self.pods}
+        for pod in self.pods:
+            others = [*around, *(peer for name, peer in peers.items() if name != pod.pod.name)]
+            pod.obey(ruleset(self._policies, pod.peer, others, NODE))
+
     def _bring_up(self, sandbox: Sandbox) -> None:
         sandbox.init()
         sandbox.start()
@@ -104,9 +117,8 @@ class Cluster:
         """Call the dashboard as the operator does. Raises httpx.HTTPError."""
         url = f"http://{self.group('headgroup')[0].address}:{kuberay.DASHBOARD}{path}"
         headers = {"Authorization": f"Bearer {self.token}"}
-        reply = httpx.request(
-            method, url, json=body, headers=headers, timeout=30, trust_env=False
-        ).raise_for_status()
+        with client(OPERATOR) as operator:
+            reply = operator.request(method, url, json=body, headers=headers).raise_for_status()
         return reply.json() if reply.content else None
 
     def deploy(self) -> None:
@@ -137,7 +149,8 @@ class Cluster:
     def status(self) -> dict[str, Any]:
         """The controller's report; empty when the ingress does not answer."""
         try:
-            reply = httpx.get(f"{self.http}/status", timeout=5, trust_env=False)
+            with client(limit_s=5) as asker:
+                reply = asker.get(f"{self.http}/status")
             report: dict[str, Any] = reply.raise_for_status().json()
         except httpx.HTTPError:
             return {}
@@ -151,7 +164,8 @@ class Cluster:
     def ask_http(self, prompt: str, tokens: int) -> str:
         """Complete over HTTP, greedily."""
         body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-        reply = httpx.post(f"{self.http}/v1/completions", json=body, timeout=60, trust_env=False)
+        with client(limit_s=60) as asker:
+            reply = asker.post(f"{self.http}/v1/completions", json=body)
         return str(reply.raise_for_status().json()["choices"][0]["text"])
 
     def ask_grpc(self, prompt: str, tokens: int) -> str:

@@ -10,6 +10,7 @@ Needs root in a private network space; `make test-netns` makes one.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -23,8 +24,11 @@ import httpx
 import kuberay
 import netfiles
 from netfiles import Image, Volumes
+from netpolicy import Peer
 
-NETWORK, GATEWAY = "10.77.0", 254
+NETWORK = "10.77.0"
+# This process speaks from several addresses, one for each part it plays; the first by default.
+CLIENT, NODE, OPERATOR, STRANGER = (f"{NETWORK}.{n}" for n in (254, 253, 252, 251))
 _RUN = """
 set -e
 exec 0</dev/null
@@ -45,6 +49,13 @@ exec /usr/sbin/chroot "$@"
 """
 
 
+def client(address: str = CLIENT, limit_s: float = 30) -> httpx.Client:
+    """HTTP from one of this process's addresses."""
+    return httpx.Client(
+        transport=httpx.HTTPTransport(local_address=address), timeout=limit_s, trust_env=False
+    )
+
+
 def private_network() -> bool:
     """Whether this process is root in a network space with nothing but an unused loopback."""
     told = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout
@@ -60,7 +71,8 @@ class Network:
         _do("ip", "link", "set", "lo", "up")
         _do("ip", "link", "add", "br0", "type", "bridge")
         _do("ip", "link", "set", "br0", "up")
-        _do("ip", "address", "add", f"{NETWORK}.{GATEWAY}/24", "dev", "br0")
+        for address in (CLIENT, NODE, OPERATOR, STRANGER):
+            _do("ip", "address", "add", f"{address}/24", "dev", "br0")
         # With forwarding on, addresses outside are refused at once instead of after a time-out.
         Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
         self.names: dict[str, str] = {}
@@ -109,9 +121,15 @@ class Sandbox:
         _do(*inside, "ip", "link", "set", "lo", "up")
         _do(*inside, "ip", "address", "add", f"{self.address}/24", "dev", "eth0")
         _do(*inside, "ip", "link", "set", "eth0", "up")
-        _do(*inside, "ip", "route", "add", "default", "via", f"{NETWORK}.{GATEWAY}")
+        _do(*inside, "ip", "route", "add", "default", "via", CLIENT)
         _do(*inside, "hostname", self.pod.name)
         self._port = port
+
+    @property
+    def peer(self) -> Peer:
+        """The pod as network policies see it."""
+        ports = {p["name"]: p["containerPort"] for p in self.pod.ray.get("ports", [])}
+        return Peer(self.address, self.pod.labels, ports, self.pod.namespace)
 
     def init(self, limit_s: float = 90) -> None:
         """Run the init containers to their end."""
@@ -156,10 +174,25 @@ class Sandbox:
         ports = {p.get("name"): p["containerPort"] for p in self.pod.ray.get("ports", [])}
         url = f"http://{self.address}:{ports.get(get['port'], get['port'])}{get.get('path', '/')}"
         try:
-            reply = httpx.get(url, timeout=probe.get("timeoutSeconds", 1) + 4, trust_env=False)
+            with client(NODE, limit_s=probe.get("timeoutSeconds", 1) + 4) as node:
+                reply = node.get(url)
         except httpx.HTTPError as error:
             return f"{url}: {error!r}"
         return "" if 200 <= reply.status_code < 400 else f"{url}: {reply.status_code} {reply.text}"
+
+    def obey(self, policies: str) -> None:
+        """Let an nftables script rule the pod's network."""
+        inside = ["nsenter", "-t", str(self._pause.pid), "--net", "nft", "-f", "-"]
+        done = subprocess.run(inside, input=policies, capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stderr}\n{policies}"
+
+    def denied(self) -> list[str]:
+        """What the policies held back: source, destination, protocol and port each."""
+        inside = ["nsenter", "-t", str(self._pause.pid), "--net"]
+        listing = ["nft", "-j", "list", "set", "ip", "pods", "denied"]
+        done = subprocess.run([*inside, *listing], capture_output=True, text=True, check=True)
+        found = next(e["set"] for e in json.loads(done.stdout)["nftables"] if "set" in e)
+        return [" ".join(map(str, e["concat"])) for e in found.get("elem", [])]
 
     def terminate(self, grace_s: float) -> float | None:
         """End the Ray container as kubelet does; returns the seconds it took, None if killed."""

@@ -5,6 +5,7 @@ Run by `make test-netns`, which makes the private network that this needs.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yaml
 from netcluster import Cluster
+from netpods import CLIENT, NETWORK, OPERATOR, STRANGER
 
 from whalepod.config import Config
 from whalepod.engine.local import SingleEngine
@@ -84,6 +86,33 @@ def test_the_dashboard_wants_the_token(cluster: Cluster) -> None:
             cluster.rest("GET", "/api/serve/applications/")
     finally:
         cluster.token = right
+
+
+def test_policies_hold_nothing_back_that_is_needed(cluster: Cluster) -> None:
+    between = [d for p in cluster.pods for d in p.denied() if d.split()[1].startswith(NETWORK)]
+    assert between == []  # (Ray also asks for a cloud's metadata; that is held back rightly)
+
+
+@pytest.mark.parametrize(
+    ("who", "group", "port", "open_"),
+    [
+        (CLIENT, "ingress", 8000, True),
+        (CLIENT, "ingress", 9000, True),
+        (CLIENT, "ingress", 10002, False),
+        (CLIENT, "headgroup", 6379, False),
+        (CLIENT, "headgroup", 8265, False),
+        (OPERATOR, "headgroup", 8265, True),
+        (STRANGER, "headgroup", 6379, False),
+        (STRANGER, "ingress", 8000, False),
+        (CLIENT, "experts", 6380, False),
+    ],
+)
+def test_who_may_connect(cluster: Cluster, who: str, group: str, port: int, open_: bool) -> None:
+    with socket.socket() as caller:
+        caller.settimeout(1.0)
+        caller.bind((who, 0))
+        address = (cluster.group(group)[0].address, port)
+        assert (caller.connect_ex(address) == 0) is open_
 
 
 def experts(cluster: Cluster) -> list[str]:

@@ -18,7 +18,9 @@ Schema = dict[str, Any]
 def close(schema: Schema) -> Schema:
     """The same schema without Kubernetes' extensions, refusing unknown keys."""
     dropped = ("default", "nullable")
-    out = {k: v for k, v in schema.items() if not k.startswith("x-kubernetes-") and k not in dropped}
+    out = {
+        k: v for k, v in schema.items() if not k.startswith("x-kubernetes-") and k not in dropped
+    }
     if schema.get("x-kubernetes-int-or-string"):
         out.pop("type", None)
         out.setdefault("anyOf", [{"type": "integer"}, {"type": "string"}])

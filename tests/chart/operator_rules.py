@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 Doc = dict[str, Any]
-_LABEL_KEY = re.compile(r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?$")
+_LABEL_KEY = re.compile(
+    r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?$"
+)
 _LABEL = re.compile(r"^([A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?)?$")
 _TAKEN = ("num-cpus", "num-gpus", "memory", "resources")
 _GATED = ("networkPolicy", "tlsOptions", "historyServerOptions")

@@ -16,7 +16,9 @@ from chart.tools import HELM3, HELM4, HOME, Package
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "whalepod"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-CASES = {p.stem: p for folder in ("examples", "ci") for p in sorted((CHART / folder).glob("*.yaml"))}
+CASES = {
+    p.stem: p for folder in ("examples", "ci") for p in sorted((CHART / folder).glob("*.yaml"))
+}
 Doc = dict[str, Any]
 
 
@@ -34,7 +36,9 @@ def helm(*arguments: str, package: Package = HELM4) -> subprocess.CompletedProce
 @functools.cache
 def text(case: str, package: Package = HELM4, release: str = "whale") -> str:
     """What `helm template` makes of a values file of the chart."""
-    done = helm("template", release, str(CHART), "-n", "serving", "-f", str(CASES[case]), package=package)
+    done = helm(
+        "template", release, str(CHART), "-n", "serving", "-f", str(CASES[case]), package=package
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
