@@ -21,7 +21,14 @@ import yaml
 CHART = Path(__file__).parent / "whalepod"
 BEGIN, END = "<!-- values: generated -->", "<!-- end of values -->"
 _KEY = re.compile(r"^( *)([\w.-]+):(.*)$")
-_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+_TYPES = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+}
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import copy
 
-import kubernetes_validate
 import pytest
 from chart import crds
 from chart.operator_rules import operator_errors
@@ -20,6 +19,8 @@ def ray(case: str) -> Doc:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("case", CASES)
 def test_core_objects_are_strictly_valid(case: str, version: str) -> None:
+    import kubernetes_validate
+
     for doc in docs(case):
         if not doc["apiVersion"].startswith(CUSTOM):
             # An unknown kind raises, too.
@@ -27,6 +28,8 @@ def test_core_objects_are_strictly_valid(case: str, version: str) -> None:
 
 
 def test_the_strict_validator_sees_a_misspelt_key() -> None:
+    import kubernetes_validate
+
     doc = next(d for d in docs("laptop") if d["kind"] == "NetworkPolicy")
     doc["spec"]["podSelectors"] = {}
     with pytest.raises(kubernetes_validate.utils.ValidationError):

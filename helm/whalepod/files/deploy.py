@@ -1,4 +1,6 @@
-"""Hand the Serve configuration to a RayCluster: python3 deploy.py serve.yaml http://HEAD:8265
+"""Hand the Serve configuration to a RayCluster.
+
+    python3 deploy.py serve.yaml http://HEAD:8265
 
 The token comes from RAY_AUTH_TOKEN. Waits for the dashboard; ends once Serve has taken the
 configuration, with an error when Serve refuses it.
@@ -49,7 +51,7 @@ def main():
         if time.monotonic() > deadline:
             sys.exit(f"{url} took nothing for {PATIENCE_S} s: {said}")
         print(f"waiting for {url}: {said}", flush=True)
-        time.sleep(5)
+        time.sleep(float(os.environ.get("RETRY_S", "5")))
 
 
 if __name__ == "__main__":

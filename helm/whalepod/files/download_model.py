@@ -150,7 +150,9 @@ def download(options):
     begun = sum(path.stat().st_size for path in folder.rglob("*.part"))
     free = shutil.disk_usage(folder).free
     if missing - begun > free:
-        raise SystemExit(f"{missing - begun} bytes are missing, {free} are free; raise model.volume.size")
+        raise SystemExit(
+            f"{missing - begun} bytes are missing, {free} are free; raise model.volume.size"
+        )
     with concurrent.futures.ThreadPoolExecutor(options.parallel) as pool:
         list(pool.map(lambda entry: fetch_surely(folder, entry), sorted(entries)))
     inspect(folder)

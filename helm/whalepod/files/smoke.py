@@ -1,4 +1,7 @@
-"""Ask a deployment over HTTP and gRPC: python3 smoke.py http://HOST:8000 HOST:9000 TIMEOUT_S"""
+"""Ask a deployment over HTTP and gRPC.
+
+python3 smoke.py http://HOST:8000 HOST:9000 TIMEOUT_S
+"""
 
 import json
 import sys
@@ -7,6 +10,7 @@ import urllib.error
 import urllib.request
 
 import grpc
+
 from whalepod.protos import inference_pb2 as pb
 from whalepod.protos import inference_pb2_grpc as pb_grpc
 
@@ -60,7 +64,9 @@ def over_grpc(address, model):
         served = [m.id for m in stub.ListModels(pb.ListModelsRequest(), timeout=60).models]
         if model not in served:
             raise SystemExit(f"gRPC serves {served}; HTTP serves {model}")
-        request = pb.CompleteRequest(model=model, text=PROMPT, sampling=pb.Sampling(max_tokens=TOKENS))
+        request = pb.CompleteRequest(
+            model=model, text=PROMPT, sampling=pb.Sampling(max_tokens=TOKENS)
+        )
         answer = stub.Complete(request, timeout=120)
     if not answer.usage.completion_tokens:
         raise SystemExit(f"gRPC answered without tokens: {answer}")

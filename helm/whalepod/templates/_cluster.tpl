@@ -34,8 +34,9 @@ autoscalerOptions:
   version: {{ $v.autoscaling.version }}
   idleTimeoutSeconds: {{ int $v.autoscaling.idleTimeoutSeconds }}
   upscalingMode: Default
+  # It writes where Ray's image has it write; the rest of the context holds.
   securityContext:
-    {{- toYaml $v.securityContext | nindent 4 }}
+    {{- toYaml (omit $v.securityContext "readOnlyRootFilesystem") | nindent 4 }}
   resources:
     {{- toYaml $v.autoscaling.resources | nindent 4 }}
 {{- end }}
@@ -101,7 +102,7 @@ object-store-memory: {{ int64 $pod.objectStoreMemory | quote }}
 ray.io/gang-scheduling-enabled: "true"
 {{- end }}
 {{- with $g.queue }}
-{{ if eq $g.scheduler "kai" }}kai.scheduler/queue{{ else if eq $g.scheduler "volcano" }}volcano.sh/queue-name{{ else }}yunikorn.apache.org/queue-name{{ end }}: {{ . }}
+{{ if eq $g.scheduler "kai" }}kai.scheduler/queue{{ else if eq $g.scheduler "volcano" }}volcano.sh/queue-name{{ else }}yunikorn.apache.org/queue{{ end }}: {{ . }}
 {{- end }}
 {{- with $g.priorityClassName }}
 ray.io/priority-class-name: {{ . }}

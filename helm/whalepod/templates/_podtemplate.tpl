@@ -132,7 +132,7 @@ readinessProbe:
   exec:
     command: [python3, /etc/whalepod/member_ready.py, "http://{{ include "whalepod.fullname" $root }}-status:{{ int $v.config.server.http_port }}/status"]
   periodSeconds: {{ int $v.health.membership.periodSeconds }}
-  timeoutSeconds: 10
+  timeoutSeconds: 8
   failureThreshold: {{ int $v.health.membership.failureThreshold }}
   {{- else }}
   httpGet: {path: /api/healthz, port: 52365}
