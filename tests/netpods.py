@@ -15,9 +15,11 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import httpx
@@ -36,15 +38,14 @@ m=/bin/mount
 $m -t proc proc "$1/proc"
 $m --rbind /dev "$1/dev"
 $m --rbind -o ro /sys "$1/sys"
-while IFS=$'\\t' read -r source target options <&3; do
+while IFS=$'\\t' read -r source target options; do
     case $source in
     tmpfs) $m -t tmpfs -o "mode=1777,$options" tmpfs "$1$target" ;;
     *) $m --bind "$source" "$1$target"; $m -o "remount,bind,$options" "$1$target" ;;
     esac
-done
-exec 3<&-
-[ "$2" = rw ] || $m -o remount,ro "$1"
-shift 2
+done < "$2"
+[ "$3" = rw ] || $m -o remount,ro "$1"
+shift 3
 exec /usr/sbin/chroot "$@"
 """
 
@@ -54,6 +55,23 @@ def client(address: str = CLIENT, limit_s: float = 30) -> httpx.Client:
     return httpx.Client(
         transport=httpx.HTTPTransport(local_address=address), timeout=limit_s, trust_env=False
     )
+
+
+def problem() -> str:
+    """What this machine lacks for such pods; empty when nothing."""
+    missing = [tool for tool in ("ip", "nft", "unshare", "nsenter", "setpriv") if not which(tool)]
+    if missing:
+        return f"there is no {' '.join(missing)} (Debian: iproute2, nftables, util-linux)"
+    if os.geteuid() != 0:
+        return "only root can make network spaces"
+    script = "ip link add br0 type bridge && nft add table ip t && ip link add a type veth peer b"
+    layers = "mount -t tmpfs t /mnt && mkdir /mnt/u /mnt/w /mnt/m && mount -t overlay o -o "
+    layers += "lowerdir=/,upperdir=/mnt/u,workdir=/mnt/w /mnt/m"
+    spaces = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    done = subprocess.run(
+        [*spaces, "sh", "-c", f"{script} && {layers}"], capture_output=True, text=True
+    )
+    return done.stderr.strip() and f"this kernel refuses: {done.stderr.strip()}"
 
 
 def private_network() -> bool:
@@ -69,7 +87,8 @@ class Network:
         self.folder = Path(tempfile.mkdtemp(prefix="pods-"))
         _do("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", str(self.folder))
         _do("ip", "link", "set", "lo", "up")
-        _do("ip", "link", "add", "br0", "type", "bridge")
+        # With an address of its own; else it takes a port's, and another one when that port goes.
+        _do("ip", "link", "add", "br0", "address", "02:00:00:00:00:01", "type", "bridge")
         _do("ip", "link", "set", "br0", "up")
         for address in (CLIENT, NODE, OPERATOR, STRANGER):
             _do("ip", "address", "add", f"{address}/24", "dev", "br0")
@@ -237,30 +256,17 @@ class Sandbox:
         line = [netfiles.expand(word, variables) for word in command]
         enter = ["nsenter", "-t", str(self._pause.pid), "--net", "--ipc", "--uts"]
         apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
-        table = os.memfd_create("mounts", 0)
-        os.write(table, "".join("\t".join(m) + "\n" for m in mounts).encode())
-        os.lseek(table, 0, os.SEEK_SET)
-        wrapped = [
-            "/bin/bash",
-            "-c",
-            f"exec 3<&{table} {table}<&-\n{_RUN}",
-            "run",
-            str(root),
-            mode,
-            str(root),
-        ]
-        try:
-            with (self.folder / f"{container['name']}.log").open("ab") as log:
-                return subprocess.Popen(
-                    [*enter, *apart, *wrapped, *self._user(container), *line],
-                    env=variables,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[table],
-                )
-        finally:
-            os.close(table)
+        table = self.folder / f"{container['name']}.mounts"
+        table.write_text("".join("\t".join(m) + "\n" for m in mounts))
+        inside = ["/bin/bash", "-c", _RUN, "run", str(root), str(table), mode, str(root)]
+        with (self.folder / f"{container['name']}.log").open("ab") as log:
+            return subprocess.Popen(
+                [*enter, *apart, *inside, *self._user(container), *line],
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     def _user(self, container: dict[str, Any]) -> list[str]:
         return netfiles.as_user(netfiles.security(self.pod, container), container, self.image)
@@ -280,3 +286,7 @@ def _children(pid: int) -> list[int]:
 def _do(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+
+
+if __name__ == "__main__":  # `make test-netns` asks whether it can run
+    sys.exit(problem() or 0)

@@ -15,7 +15,7 @@ import httpx
 import netpods
 import pytest
 import torch
-import yaml
+from chart import render
 from netcluster import Cluster
 from netpods import CLIENT, NETWORK, OPERATOR, STRANGER
 
@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not netpods.private_network(), reason="`make test-netns` runs this"),
 ]
 PROMPT, TOKENS = "The whale swam", 160
-MANIFEST = Path("/tmp/chart.yaml")
+VALUES = Path(__file__).parent / "data" / "netns-values.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,9 @@ def expected(tiny: Path) -> str:
 
 @pytest.fixture(scope="module")
 def cluster(tiny: Path) -> Iterator[Cluster]:
-    found = Cluster(list(yaml.safe_load_all(MANIFEST.read_text())), (tiny, "/models/demo"))
+    done = render.helm("template", "whale", str(render.CHART), "--values", str(VALUES))
+    assert done.returncode == 0, done.stderr
+    found = Cluster(render.parse(done.stdout), (tiny, "/models/demo"))
     try:
         found.start()
         yield found
@@ -113,6 +115,44 @@ def test_who_may_connect(cluster: Cluster, who: str, group: str, port: int, open
         caller.bind((who, 0))
         address = (cluster.group(group)[0].address, port)
         assert (caller.connect_ex(address) == 0) is open_
+
+
+def experts(cluster: Cluster) -> list[str]:
+    told = cluster.status().get("members", [])
+    return [m["name"] for m in told if m["pool"] == "experts" and m["state"] == "serving"]
+
+
+@pytest.mark.parametrize("loss", ["cut_off", "kill"])
+def test_an_expert_node_is_lost_under_a_stream(cluster: Cluster, expected: str, loss: str) -> None:
+    before, victim = set(experts(cluster)), cluster.group("experts")[0]
+    with ThreadPoolExecutor(1) as one:
+        answer = one.submit(cluster.ask_http, PROMPT, TOKENS)
+        time.sleep(0.5)
+        assert not answer.done(), "the stream ended before anything happened"
+        getattr(victim, loss)()
+        begun = time.monotonic()
+        assert answer.result() == expected
+    cluster.times[f"answer after {loss}"] = time.monotonic() - begun
+    assert cluster.ask_grpc(PROMPT, TOKENS) == expected
+    victim.kill()
+    cluster.replace(victim)
+    cluster.until(lambda: len(experts(cluster)) == 2, "two experts to serve")
+    assert set(experts(cluster)) != before
+    assert cluster.ask_http(PROMPT, TOKENS) == expected
+    cluster.times[f"whole after {loss}"] = time.monotonic() - begun
+
+
+def test_a_drained_node_hands_over(cluster: Cluster, expected: str) -> None:
+    victim, before = cluster.group("experts")[0], len(cluster.status()["history"])
+    with ThreadPoolExecutor(1) as one:
+        ended = one.submit(victim.terminate, 40.0)
+        while not ended.done():
+            assert cluster.ask_http(PROMPT, TOKENS) == expected
+        took = ended.result()
+    assert took is not None, "the pod had to be killed"
+    cluster.times["drain"] = took
+    told = [e["event"] for e in cluster.status()["history"][before:]]
+    assert told == ["serving"], "members left in another way than by an orderly epoch"
 
 
 def experts(cluster: Cluster) -> list[str]:
