@@ -153,28 +153,3 @@ def test_a_drained_node_hands_over(cluster: Cluster, expected: str) -> None:
     cluster.times["drain"] = took
     told = [e["event"] for e in cluster.status()["history"][before:]]
     assert told == ["serving"], "members left in another way than by an orderly epoch"
-
-
-def experts(cluster: Cluster) -> list[str]:
-    told = cluster.status().get("members", [])
-    return [m["name"] for m in told if m["pool"] == "experts" and m["state"] == "serving"]
-
-
-@pytest.mark.parametrize("loss", ["cut_off", "kill"])
-def test_an_expert_node_is_lost_under_a_stream(cluster: Cluster, expected: str, loss: str) -> None:
-    before, victim = set(experts(cluster)), cluster.group("experts")[0]
-    with ThreadPoolExecutor(1) as one:
-        answer = one.submit(cluster.ask_http, PROMPT, TOKENS)
-        time.sleep(0.5)
-        assert not answer.done(), "the stream ended before anything happened"
-        getattr(victim, loss)()
-        begun = time.monotonic()
-        assert answer.result() == expected
-    cluster.times[f"answer after {loss}"] = time.monotonic() - begun
-    assert cluster.ask_grpc(PROMPT, TOKENS) == expected
-    victim.kill()
-    cluster.replace(victim)
-    cluster.until(lambda: len(experts(cluster)) == 2, "two experts to serve")
-    assert set(experts(cluster)) != before
-    assert cluster.ask_http(PROMPT, TOKENS) == expected
-    cluster.times[f"whole after {loss}"] = time.monotonic() - begun
