@@ -2,9 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The image: CUDA=1 for GPUs, BUILDER=podman, IMAGE=registry/name:tag.
+BUILDER ?= docker
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/whalepod/__init__.py)
+REVISION = $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+IMAGE ?= whalepod:$(VERSION)$(if $(CUDA),-cuda)
+CUDA_ARGS := --build-arg BASE_IMAGE=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.04 \
+	--build-arg TORCH_INDEX= --build-arg EXTRAS=[gpu]
+IMAGE_ARGS ?= $(if $(CUDA),$(CUDA_ARGS))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-quick test-ray test-helm test-gpu helm-docs helm-golden check fix protos golden bench demo-model install clean
+.PHONY: image demo test test-quick test-ray test-helm test-netns test-image test-gpu helm-docs helm-golden check fix protos golden bench demo-model install clean
 
 install: $(VENV)/ready
 
@@ -19,13 +27,14 @@ demo: $(VENV)/ready  ## start a local cluster, ask it over HTTP and gRPC; ONCE=1
 	$(BIN)/python bench/demo.py $(if $(ONCE),--once)
 
 test: $(VENV)/ready check  ## everything that runs without a GPU
-	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu and not multigpu and not helm"
-	$(BIN)/python -m pytest -q -m "slow and not ray and not gpu and not multigpu and not helm"
+	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu and not multigpu and not helm and not netns"
+	$(BIN)/python -m pytest -q -m "slow and not ray and not gpu and not multigpu and not helm and not netns"
 	$(MAKE) --no-print-directory test-helm
 	$(BIN)/python -m pytest -q -m "ray"
+	$(MAKE) --no-print-directory test-netns
 
 test-quick: $(VENV)/ready  ## under a minute
-	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu and not multigpu and not helm"
+	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu and not multigpu and not helm and not netns"
 
 test-ray: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m ray
@@ -42,6 +51,21 @@ $(VENV)/helm-ready: $(VENV)/ready tests/chart/tools.py
 test-helm: $(VENV)/helm-ready  ## the chart: lint, golden renders, schemas, refusals, scripts
 	$(BIN)/python -m pytest -q -m helm
 
+# In network, process and mount spaces that end with the command, so nothing is left on the machine.
+APART := unshare --net --mount --pid --fork --kill-child --mount-proc
+test-netns: $(VENV)/helm-ready  ## the chart's pods on nodes with addresses of their own; two minutes, root
+	@if problem=$$($(BIN)/python tests/netpods.py 2>&1); then \
+		timeout --kill-after=5 300 $(APART) $(BIN)/python -m pytest -q -m netns -p no:cacheprovider; \
+	else \
+		echo "!!!"; echo "!!! NOT RUN: the chart's pods on nodes of their own: $$problem"; echo "!!!"; \
+	fi
+
+test-image: $(VENV)/helm-ready  ## build the image without a registry and run the pods on it; five minutes, root
+	$(BIN)/python tests/image/build.py
+
+image: ## CPU image with docker or podman; CUDA=1 for GPUs
+	$(BUILDER) build --tag $(IMAGE) --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(IMAGE_ARGS) .
+
 helm-docs: $(VENV)/ready  ## the chart's schema and table of values, from values.yaml's comments
 	$(BIN)/python helm/generate.py
 
@@ -49,6 +73,7 @@ helm-golden: $(VENV)/helm-ready  ## write the chart's golden renders anew; read 
 	WHALEPOD_GOLDEN=write $(BIN)/python -m pytest -q -m helm tests/test_chart_render.py -k golden
 
 check: $(VENV)/ready
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m mypy

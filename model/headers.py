@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} does not exist, but {INDEX} names it; download the missing shard"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror} for user {os.getuid()}; change its owner or mode"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(

@@ -7,6 +7,7 @@ Source: DeepSeek-V4 `config.json` (V4-Pro, V4-Flash, and their -Base variants).
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,6 +150,10 @@ class ModelConfig(BaseModel):
         except FileNotFoundError:
             raise ConfigError(
                 f"{path} does not exist; name a checkpoint folder that has a config.json"
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be read: {error.strerror} for user {os.getuid()}; change its owner or mode"
             ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not JSON: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,8 @@ def write_checkpoint(
     ]
     for path, shard in zip(paths, shards, strict=True):
         save_file(shard, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # the library writes files that only their owner reads
+        # save_file leaves files to their owner alone; members may run as another user.
+        path.chmod(0o666 & ~_umask())
     placed = {n: p.name for p, shard in zip(paths, shards, strict=True) for n in shard}
     _write_json(
         folder / "model.safetensors.index.json",
@@ -210,6 +212,12 @@ def _random(spec: TensorSpec, config: ModelConfig, generator: torch.Generator) -
     gain = 4.0 if name == "head.weight" else 1.0
     value: Tensor = gain * noise * shape[-1] ** -0.5
     return value
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _write_json(path: Path, value: object) -> None:
