@@ -94,6 +94,7 @@ golden: $(VENV)/ready  ## write the transcripts anew; read the difference in rev
 bench: $(VENV)/ready
 	$(BIN)/python bench/bench_step.py
 	$(BIN)/python bench/bench_serving.py
+	$(BIN)/python bench/bench_engine.py
 
 # From nothing to models/demo: texts, tokenizer, three runs, export, measurement, card. With a
 # CUDA device about half an hour; without one the runs are as long but see far fewer tokens.
