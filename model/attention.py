@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from whalepod.kernels.linear import grouped_linear, linear
@@ -131,7 +132,7 @@ class Attention:
         positions = batch.positions_T[:n].unsqueeze(-1)
         # Position t replaces t - W, which no query from t on sees.
         cache.window[batch.slots_D, positions[:, 0] % window] = kv_TD[:n].to(cache.window.dtype)
-        ring = cache.window[batch.slots_D]
+        ring = cache.window.index_select(0, batch.slots_D)
         entries = None
         if cache.main is not None:
             if self.indexer is not None and picked is not None and cache.index is not None:
@@ -139,7 +140,7 @@ class Attention:
             else:
                 view = batch.decode_view(self.ratio)
                 rows, real = view.entries_DE, view.seen_DE
-            entries = cache.main.entries[rows], real.unsqueeze(1)
+            entries = F.embedding(rows, cache.main.entries), real.unsqueeze(1)
         q = q_THD[:n].unsqueeze(1)
         at = positions % window, positions // window
         return sink_attention(q, (ring, ring), *at, entries, self.sink_H).squeeze(1)
@@ -204,13 +205,15 @@ class Attention:
         positions = batch.positions_T[span.rows][rows].unsqueeze(-1)
         visible = torch.arange(count, device=pool.device) < (positions + 1) // self.ratio
         if self.indexer is None or count <= self.indexer.topk:
-            return cache.main.entries[pool].unsqueeze(0), visible.unsqueeze(0)
+            return F.embedding(pool, cache.main.entries).unsqueeze(0), visible.unsqueeze(0)
         assert picked is not None
         assert cache.index is not None
         at = slice(span.row + rows.start, span.row + rows.stop)
         scores = self.indexer.score(
-            picked[0][at].unsqueeze(0), picked[1][at].unsqueeze(0), cache.index.entries[pool][None]
+            picked[0][at].unsqueeze(0),
+            picked[1][at].unsqueeze(0),
+            F.embedding(pool, cache.index.entries).unsqueeze(0),
         ).squeeze(0)
         best = select(scores.masked_fill_(~visible, float("-inf")), self.indexer.topk)
-        chosen = cache.main.entries[pool[best]]
+        chosen = F.embedding(pool[best], cache.main.entries)
         return chosen.unsqueeze(0), visible.gather(1, best).unsqueeze(0)

@@ -80,7 +80,7 @@ class Indexer:
         if rows.shape[1] <= self.topk:
             return rows, seen
         scores = self.score(
-            q_THI[:n].unsqueeze(1), gate_TH[:n].unsqueeze(1), state.entries[rows]
+            q_THI[:n].unsqueeze(1), gate_TH[:n].unsqueeze(1), F.embedding(rows, state.entries)
         ).squeeze(1)
         best = select(scores.masked_fill_(~seen, float("-inf")), self.topk)
         return rows.gather(1, best), seen.gather(1, best)
