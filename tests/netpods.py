@@ -64,7 +64,9 @@ def problem() -> str:
         return f"there is no {' '.join(missing)} (Debian: iproute2, nftables, util-linux)"
     if os.geteuid() != 0:
         return "only root can make network spaces"
-    script = "ip link add br0 type bridge && nft add table ip t && ip link add v0 type veth peer name v1"
+    script = (
+        "ip link add br0 type bridge && nft add table ip t && ip link add v0 type veth peer name v1"
+    )
     layers = "mount -t tmpfs t /mnt && mkdir /mnt/u /mnt/w /mnt/m && mount -t overlay o -o "
     layers += "lowerdir=/,upperdir=/mnt/u,workdir=/mnt/w /mnt/m"
     spaces = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
