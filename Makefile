@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-MODEL := .cache/models/tiny
 # The image: CUDA=1 for GPUs, BUILDER=podman, IMAGE=registry/name:tag.
 BUILDER ?= docker
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/whalepod/__init__.py)
@@ -13,7 +12,7 @@ CUDA_ARGS := --build-arg BASE_IMAGE=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.0
 IMAGE_ARGS ?= $(if $(CUDA),$(CUDA_ARGS))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: image demo test test-quick test-ray test-helm test-netns test-image test-gpu helm-docs helm-golden check fix protos golden bench install clean
+.PHONY: image demo test test-quick test-ray test-helm test-netns test-image test-gpu helm-docs helm-golden check fix protos golden bench demo-model install clean
 
 install: $(VENV)/ready
 
@@ -24,10 +23,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-$(MODEL)/config.json: $(VENV)/ready
-	$(BIN)/whalepod make-tiny $(MODEL)
-
-demo: $(MODEL)/config.json  ## start a local cluster, ask it over HTTP and gRPC; ONCE=1 stops it again
+demo: $(VENV)/ready  ## start a local cluster, ask it over HTTP and gRPC; ONCE=1 stops it again
 	$(BIN)/python bench/demo.py $(if $(ONCE),--once)
 
 test: $(VENV)/ready check  ## everything that runs without a GPU
@@ -95,9 +91,25 @@ protos: $(VENV)/ready
 golden: $(VENV)/ready  ## write the transcripts anew; read the difference in review
 	WHALEPOD_GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py
 
-bench: $(MODEL)/config.json
+bench: $(VENV)/ready
 	$(BIN)/python bench/bench_step.py
 	$(BIN)/python bench/bench_serving.py
+	$(BIN)/python bench/bench_engine.py
+
+# From nothing to models/demo: texts, tokenizer, three runs, export, measurement, card. With a
+# CUDA device about half an hour; without one the runs are as long but see far fewer tokens.
+demo-model: $(VENV)/ready
+	$(BIN)/python -m demo.texts --out .cache/demo
+	$(BIN)/python -m demo.tokens --folder .cache/demo
+	rm -rf .cache/demo/run
+	$(BIN)/python -m demo.train --seconds 300 --length 512 --rows 128 --dense 0.5
+	$(BIN)/python -m demo.train --seconds 400 --length 4096 --rows 16 --shares 0.13 0.3 0.57 \
+		--lr 2.5e-3 --final --quantise 0
+	$(BIN)/python -m demo.train --seconds 170 --length 4096 --rows 16 --shares 0.08 0.42 0.5 \
+		--lr 1.5e-3 --warmup 30 --final --quantise 0 --restart
+	$(BIN)/python -m demo.export --out .cache/demo/model
+	$(BIN)/python -m demo.evaluate --model .cache/demo/model --out .cache/demo/model/results.json
+	$(BIN)/python -m demo.card --model .cache/demo/model --run .cache/demo/run
 
 clean:
 	rm -rf $(VENV) .cache build dist src/*.egg-info

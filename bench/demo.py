@@ -14,25 +14,27 @@ from whalepod.config import Config
 from whalepod.protos import inference_pb2 as pb
 from whalepod.protos import inference_pb2_grpc as pb_grpc
 
-CONFIG = "configs/tiny.yaml"
+CONFIG = "configs/demo.yaml"
+QUESTION = "Tell me a story about a whale."
 
 
 def ask_http(config: Config) -> str:
-    """Complete a prompt over HTTP."""
-    url = f"http://{config.server.host}:{config.server.http_port}/v1/completions"
-    body = {"prompt": "The whale", "max_tokens": 16, "temperature": 0}
+    """Ask over HTTP."""
+    url = f"http://{config.server.host}:{config.server.http_port}/v1/chat/completions"
+    messages = [{"role": "user", "content": QUESTION}]
+    body = {"messages": messages, "max_tokens": 120, "temperature": 0}
     reply = httpx.post(url, json=body, timeout=60, trust_env=False)
-    return str(reply.raise_for_status().json()["choices"][0]["text"])
+    return str(reply.raise_for_status().json()["choices"][0]["message"]["content"])
 
 
 def ask_grpc(config: Config) -> str:
-    """Complete the same prompt over gRPC."""
+    """Ask the same over gRPC."""
     with grpc.insecure_channel(f"{config.server.host}:{config.server.grpc_port}") as channel:
-        stub = pb_grpc.InferenceStub(channel)
-        sampling = pb.Sampling(max_tokens=16, temperature=0)
-        return str(
-            stub.Complete(pb.CompleteRequest(text="The whale", sampling=sampling), timeout=60).text
+        request = pb.ChatRequest(
+            messages=[pb.Message(role=pb.ROLE_USER, content=QUESTION)],
+            sampling=pb.Sampling(max_tokens=120, temperature=0),
         )
+        return str(pb_grpc.InferenceStub(channel).Chat(request, timeout=60).content)
 
 
 def main() -> None:
@@ -46,9 +48,11 @@ def main() -> None:
     if subprocess.run([*whalepod, "up", CONFIG]).returncode:
         sys.exit(1)
     try:
-        print(f"\nHTTP  The whale -> {ask_http(config)!r}")
-        print(f"gRPC  The whale -> {ask_grpc(config)!r}")
-        print("(the model is random: the words mean nothing, but both answers are the same)\n")
+        answers = ask_http(config), ask_grpc(config)
+        print(f"\nyou   {QUESTION}\nHTTP  {answers[0]}\ngRPC  {answers[1]}")
+        print("(greedy, so the answers are the same)\n")
+        if answers[0] != answers[1]:
+            sys.exit("the answers differ: greedy decoding must give the same over both")
         subprocess.run([*whalepod, "status"], check=True)
     finally:
         if options.once:

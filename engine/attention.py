@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
+from whalepod.engine.drafter import Drafter
 from whalepod.engine.experts import Experts
 from whalepod.model.batch import Batch
 from whalepod.model.block import Block, Half
@@ -51,6 +52,7 @@ class AttentionStage:
         self.embedding = weights.get("embed.weight")
         last = layers.stop == config.num_hidden_layers
         self.head = Head(config, weights) if last else None
+        self.drafter: Drafter | None = None
         self.cache = Cache(config, layers, slots=slots, blocks=blocks, dtype=dtype, device=device)
 
     def embed(self, batch: Batch) -> Tensor:

@@ -46,7 +46,7 @@ class SingleEngine:
         if plan is None:
             return False
         assert self.member.stage is not None
-        self.loop.finish(plan, run_alone(self.member.stage, self._experts, plan.step))
+        self.loop.finish(plan, *run_alone(self.member.stage, self._experts, plan))
         return True
 
     def run(self, requests: Seq[Request]) -> Iterator[TokenEvent]:

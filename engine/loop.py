@@ -6,11 +6,13 @@ Other threads submit and cancel; one thread plans steps and takes their results 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from whalepod.engine.payoff import Payoff
 from whalepod.engine.request import Request, Sequence, TokenEvent
 from whalepod.engine.sampler import Drawn
 from whalepod.engine.scheduler import Scheduler
@@ -26,6 +28,8 @@ class Counters:
     tokens: int = 0
     generated: int = 0
     repeated_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(slots=True)
@@ -34,11 +38,24 @@ class Plan:
 
     step: Step
     planned: list[tuple[Sequence, Part]]
+    running: int = 0
+    drafts: int = 0
+    begun: float = field(default_factory=time.perf_counter)
     by_slot: dict[int, Sequence] = field(init=False)
 
     def __post_init__(self) -> None:
         """Index by slot."""
         self.by_slot = {part.slot: sequence for sequence, part in self.planned}
+
+    @property
+    def verifies(self) -> bool:
+        """Whether any part has drafts."""
+        return any(part.drafts for _, part in self.planned)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether no part is a chunk of a prompt."""
+        return all(len(part.ids) == 1 + part.drafts for _, part in self.planned)
 
 
 class EngineLoop:
@@ -51,12 +68,14 @@ class EngineLoop:
         *,
         max_queue: int,
         max_context: int,
+        draft_tokens: int = 0,
     ) -> None:
         self.scheduler, self.emit = scheduler, emit
         self.max_queue, self.max_context = max_queue, max_context
         self.wake = threading.Event()
         self.ring: Callable[[], None] = lambda: None
         self.counters = Counters()
+        self.payoff = Payoff(draft_tokens)
         self._inbox: deque[Request | str] = deque()
         self._live: dict[str, Sequence] = {}
 
@@ -105,26 +124,51 @@ class EngineLoop:
             least_rows: but not into smaller ones than this on average.
         """
         self._take_in()
+        running = len(self.scheduler.running)
+        self.scheduler.drafts = drafts = self.payoff.choose(running)
         planned = self.scheduler.plan()
         if not planned:
             return None
         parts = [part for _, part in planned]
         rows = sum(len(part.ids) for part in parts)
-        return Plan(split(parts, min(micro_batches, rows // least_rows)), planned)
+        return Plan(split(parts, min(micro_batches, rows // least_rows)), planned, running, drafts)
 
-    def finish(self, plan: Plan, drawn: list[Drawn]) -> None:
-        """Take a completed step's tokens in, in the order of its parts that draw."""
-        self.scheduler.advance(plan.planned)
+    def finish(
+        self, plan: Plan, drawn: list[Drawn], drafts: Mapping[int, list[int]] | None = None
+    ) -> None:
+        """Take a completed step's tokens in.
+
+        Args:
+            drawn: in the order of the parts that draw, one for a part and each of its drafts.
+            drafts: guesses at what comes after each slot's new tokens.
+        """
+        before, rest = self.counters.generated, iter(drawn)
+        emitted: dict[int, list[Drawn]] = {}
+        for part in (p for m in plan.step.micro_batches for p in m.parts if p.draw is not None):
+            got = [next(rest) for _ in range(1 + part.drafts)]
+            emitted[part.slot] = got[: len(part.emitted([d.token for d in got]))]
+            self.counters.drafted += part.drafts
+            self.counters.accepted += len(emitted[part.slot]) - 1
+        self.scheduler.advance(plan.planned, {slot: len(e) - 1 for slot, e in emitted.items()})
+        for slot, made in emitted.items():
+            sequence = plan.by_slot[slot]
+            sequence.drafts = list((drafts or {}).get(slot, ()))
+            self._accept(sequence, made)
         self.counters.steps += 1
         self.counters.tokens += plan.step.tokens
-        parts = [p for m in plan.step.micro_batches for p in m.parts if p.draw is not None]
-        for part, got in zip(parts, drawn, strict=True):
-            sequence = plan.by_slot[part.slot]
+        if plan.decodes:
+            took, count = time.perf_counter() - plan.begun, self.counters.generated - before
+            self.payoff.learn(plan.running, plan.verifies, took, count)
+
+    def _accept(self, sequence: Sequence, drawn: list[Drawn]) -> None:
+        for got in drawn:
             event = sequence.accept(got.token, got.logprob)
             self.counters.generated += 1
             if event.finish is not None:
                 self._forget(sequence)
             self.emit(event)
+            if event.finish is not None:
+                return
 
     def abort_all(self, reason: str) -> None:
         """End every request with finish `error` (the member is going away for good)."""

@@ -55,21 +55,30 @@ class Member:
 
     def open_attention(self, layers: range) -> None:
         """Load the attention side of `layers`, and open the queue if they start the model."""
-        blocks = max(1, self.config.engine.kv_tokens // 128)
         engine = self.config.engine
-        stage = self.stage = self.source.stage(layers, slots=engine.max_batch, blocks=blocks)
+        blocks = max(1, engine.kv_tokens // 128)
+        snapshots = engine.prefix_snapshots if self.config.topology.stages == 1 else 0
+        slots = engine.max_batch + snapshots
+        stage = self.stage = self.source.stage(layers, slots=slots, blocks=blocks)
         if layers.start:
             self._later = LaterStage(stage)
             return
         scheduler = Scheduler(
-            engine.max_batch, blocks, stage.cache.block_tokens, engine.max_step_tokens
+            engine.max_batch,
+            blocks,
+            stage.cache.block_tokens,
+            engine.max_step_tokens,
+            snapshots=range(engine.max_batch, slots),
         )
         self.loop = EngineLoop(
             scheduler,
             self._emit,
             max_queue=engine.max_queue,
             max_context=context_limit(self.config, self.model),
+            draft_tokens=engine.draft_tokens,
         )
+        if engine.draft_tokens:
+            stage.drafter = self.source.drafter(stage, slots=engine.max_batch)
         self._first = FirstStage(self.loop, stage, self.config.topology)
 
     def prepare(self, epoch: Epoch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from whalepod.engine.prefix import Node
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -34,6 +36,7 @@ class Request:
         ignore_eos: go on after a stop id (benchmarks).
         emitted: tokens a former member has already emitted for this request. They are
             prefilled with the prompt and not emitted again; `max_tokens` counts them.
+        cache_salt: computed prefixes are shared among requests of the same salt only.
     """
 
     id: str
@@ -43,6 +46,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     emitted: tuple[int, ...] = ()
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,8 @@ class TokenEvent:
 
     `index` counts generated tokens from 0 (replayed ones included), so a consumer can
     drop what it has already seen. `finish` is set on the last event of a request.
-    `token` is -1 on an event that only ends the request (`abort`, `error`).
+    `token` is -1 on an event that only ends the request (`abort`, `error`). `cached` is how many
+    prompt tokens were not computed because an earlier request had left them.
     """
 
     request_id: str
@@ -60,6 +65,7 @@ class TokenEvent:
     logprob: float = 0.0
     finish: FinishReason | None = None
     error: str | None = None
+    cached: int = 0
 
 
 class Sequence:
@@ -69,12 +75,32 @@ class Sequence:
     the prompt are those generated here or replayed from a former member.
     """
 
-    __slots__ = ("blocks", "cancelled", "computed", "finished", "request", "slot", "tokens")
+    __slots__ = (
+        "blocks",
+        "branch",
+        "cached",
+        "cancelled",
+        "computed",
+        "drafts",
+        "finished",
+        "kept",
+        "nodes",
+        "request",
+        "restore",
+        "slot",
+        "tokens",
+    )
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.tokens = [*request.prompt_ids, *request.emitted]
         self.computed = 0
+        self.drafts: list[int] = []
+        # The cached blocks it holds, the snapshot its slot starts from, where other sequences
+        # went on differently, and snapshots taken: (tokens, slot).
+        self.nodes: list[Node] = []
+        self.restore, self.branch, self.cached = -1, 0, 0
+        self.kept: list[tuple[int, int]] = []
         self.slot = -1
         self.blocks: list[int] = []
         self.cancelled = False
@@ -99,4 +125,4 @@ class Sequence:
             self.finished = "stop"
         elif self.generated >= request.max_tokens:
             self.finished = "length"
-        return TokenEvent(request.id, index, token, logprob, self.finished)
+        return TokenEvent(request.id, index, token, logprob, self.finished, None, self.cached)

@@ -44,14 +44,50 @@ def draw(stage: AttentionStage, x: Seq[Tensor], micro_batches: Seq[MicroBatch]) 
     return drawn
 
 
-def run_alone(stage: AttentionStage, experts: Experts, step: Step) -> list[Drawn]:
-    """Run a step on a member that has every layer and reaches experts without other replicas."""
-    batches = [m.batch(stage.cache.block_tokens, stage.device) for m in step.micro_batches]
+def run_alone(
+    stage: AttentionStage, experts: Experts, plan: Plan
+) -> tuple[list[Drawn], dict[int, list[int]]]:
+    """Run a step on a member that has every layer and reaches experts without other replicas.
+
+    Returns:
+        what was drawn, and drafts by slot.
+    """
+    micro_batches = plan.step.micro_batches
+    batches = [m.batch(stage.cache.block_tokens, stage.device) for m in micro_batches]
+    restore(stage, plan.step)
     x = stage.forward(batches, [stage.embed(b) for b in batches], experts)
-    drawn = draw(stage, x, step.micro_batches)
-    for batch in batches:
-        batch.commit()
-    return drawn
+    drawn = draw(stage, x, micro_batches)
+    return drawn, settle(stage, plan, batches, x, drawn)
+
+
+def restore(stage: AttentionStage, step: Step) -> None:
+    """Start slots from the snapshots that their sequences go on from."""
+    for part in (p for m in step.micro_batches for p in m.parts if p.restore >= 0):
+        stage.cache.copy_slot(part.restore, part.slot)
+
+
+def settle(
+    stage: AttentionStage, plan: Plan, batches: Seq[Batch], x: Seq[Tensor], drawn: list[Drawn]
+) -> dict[int, list[int]]:
+    """Make a pass's state visible as far as its guesses were right; returns drafts by slot."""
+    rest = iter(drawn)
+    drafts: dict[int, list[int]] = {}
+    for micro_batch, batch, x_TCD in zip(plan.step.micro_batches, batches, x, strict=False):
+        emitted: dict[int, list[int]] = {}
+        for part in micro_batch.parts:
+            if part.draw is not None:
+                got = [next(rest).token for _ in range(1 + part.drafts)]
+                emitted[part.slot] = part.emitted(got)
+            wrong = 1 + part.drafts - len(emitted[part.slot]) if part.drafts else 0
+            right = len(part.ids) - wrong
+            for rows, snapshot in part.keep:
+                if rows <= right:
+                    stage.cache.copy_slot(part.slot, snapshot)
+                    batch.keep(part.slot, rows, snapshot)
+            batch.commit(part.slot, right)
+        if stage.drafter is not None and plan.drafts:
+            drafts |= stage.drafter.propose(micro_batch, x_TCD, emitted, plan.drafts)
+    return drafts
 
 
 @dataclass(slots=True)
@@ -135,6 +171,7 @@ class FirstStage:
         tokens = self.stage.cache.block_tokens
         batches = [m.batch(tokens, self.stage.device) for m in step.micro_batches]
         padded = _pad(batches, announced)
+        restore(self.stage, step)
         x = [self.stage.embed(b) for b in batches]
         x += [torch.empty(0, device=self.stage.device)] * (len(padded) - len(x))
         if plan is not None or seat.shard is not None:
@@ -146,9 +183,7 @@ class FirstStage:
                 if last == 0
                 else self._draw_remotely(seat, step, x, seat.rank_of_stage(last))
             )
-            for batch in batches:
-                batch.commit()
-            self.loop.finish(plan, drawn)
+            self.loop.finish(plan, drawn, settle(self.stage, plan, batches, x, drawn))
         experts.settle()
 
     def _draw_remotely(self, seat: Seat, step: Step, x: list[Tensor], last: int) -> list[Drawn]:

@@ -6,12 +6,16 @@ import torch
 
 from whalepod.config import Model
 from whalepod.engine.attention import AttentionStage
+from whalepod.engine.drafter import Drafter
 from whalepod.engine.expert import ExpertShard
 from whalepod.engine.router import Router
+from whalepod.errors import ConfigError
 from whalepod.model.checkpoint import Checkpoint
 from whalepod.model.expert import Expert
 from whalepod.model.fidelity import Fidelity
 from whalepod.model.gate import Gate
+from whalepod.model.mtp import MTP
+from whalepod.model.rope import frequencies
 from whalepod.model.shape import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -62,6 +66,29 @@ class Source:
             dtype=self.dtype,
             fidelity=self.fidelity,
             device=self.device,
+        )
+
+    def drafter(self, stage: AttentionStage, *, slots: int) -> Drafter:
+        """Read the MTP block with its experts, beside a stage that embeds and has the head."""
+        if not self.config.num_nextn_predict_layers:
+            raise ConfigError(
+                f"{self.checkpoint.path} has no MTP block (num_nextn_predict_layers is 0), so it "
+                "cannot draft; set engine.draft_tokens to 0"
+            )
+        assert stage.embedding is not None
+        assert stage.head is not None
+        layer, prefix = self.config.num_hidden_layers, MTP.prefix
+        weights = self.checkpoint.attention([layer], dtype=self.dtype, device=self.device)
+        freqs = frequencies(self.config, layer).to(self.device)
+        gates = self.checkpoint.router([layer], device=self.device)
+        return Drafter(
+            self.config,
+            MTP(self.config, weights, freqs, self.dtype, self.fidelity),
+            Gate.of(self.config, layer, gates, prefix),
+            {e: self.expert(layer, e) for e in range(self.config.n_routed_experts)},
+            stage.embedding,
+            stage.head.weight_VD,
+            slots=slots,
         )
 
     def router(self) -> Router:

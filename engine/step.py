@@ -17,7 +17,10 @@ class Part:
     """New tokens of one sequence in a step.
 
     `draw` holds (settings, position) when the last token's logits give the next token, and is
-    None for a chunk that does not reach the end of the known tokens.
+    None for a chunk that does not reach the end of the known tokens. The last `drafts` ids are
+    guesses: each of their rows draws as well, at the position after the one before. `restore` is
+    the snapshot its slot starts from (-1: none) and `keep` lists the snapshots to take: after so
+    many of its rows, into that slot.
     """
 
     slot: int
@@ -25,6 +28,21 @@ class Part:
     ids: tuple[int, ...]
     blocks: tuple[int, ...]
     draw: tuple[Sampling, int] | None
+    drafts: int = 0
+    restore: int = -1
+    keep: tuple[tuple[int, int], ...] = ()
+
+    def emitted(self, drawn: Seq[int]) -> list[int]:
+        """The tokens this part yields: as many of its draws as rest on right guesses.
+
+        Args:
+            drawn: the token drawn after the last known id, and after each draft.
+        """
+        guesses = self.ids[len(self.ids) - self.drafts :]
+        right = 0
+        while right < self.drafts and guesses[right] == drawn[right]:
+            right += 1
+        return list(drawn[: right + 1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +66,23 @@ class MicroBatch:
         return Batch.of(ids, spans, block_tokens, device)
 
     def last_rows(self) -> list[int]:
-        """Row of the last token of every part that draws."""
-        rows, end = [], 0
+        """Rows that draw: of every part's last known token, and of its drafts."""
+        rows: list[int] = []
+        end = 0
         for part in self.parts:
             end += len(part.ids)
             if part.draw is not None:
-                rows.append(end - 1)
+                rows += range(end - 1 - part.drafts, end)
         return rows
 
     def draws(self) -> list[tuple[Sampling, int]]:
         """Settings and positions, in the order of `last_rows`."""
-        return [part.draw for part in self.parts if part.draw is not None]
+        return [
+            (part.draw[0], part.draw[1] + i)
+            for part in self.parts
+            if part.draw is not None
+            for i in range(1 + part.drafts)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +101,10 @@ class Step:
         return json.dumps(
             [
                 [
-                    [p.slot, p.start, p.ids, p.blocks, None if p.draw is None else _plain(p.draw)]
+                    [
+                        *(p.slot, p.start, p.ids, p.blocks),
+                        *(p.draw and _plain(p.draw), p.drafts),
+                    ]
                     for p in m.parts
                 ]
                 for m in self.micro_batches
@@ -92,8 +119,8 @@ class Step:
             tuple(
                 MicroBatch(
                     tuple(
-                        Part(slot, start, tuple(ids), tuple(blocks), draw and _settings(draw))
-                        for slot, start, ids, blocks, draw in parts
+                        Part(slot, start, tuple(ids), tuple(blocks), draw and _settings(draw), d)
+                        for slot, start, ids, blocks, draw, d in parts
                     )
                 )
                 for parts in json.loads(data)

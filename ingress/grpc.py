@@ -78,7 +78,7 @@ class Servicer(pb_grpc.InferenceServicer):
         with service.admission():
             _check_readable(request)
             service.check_model(request.model)
-            options = options_of(request.sampling)
+            options = options_of(request)
             ids = await service.encode_prompt(prompt_of(request))
             generation = service.complete(ids, options)
         async with aclosing(generation.deltas) as deltas:
@@ -90,7 +90,7 @@ class Servicer(pb_grpc.InferenceServicer):
         with service.admission():
             _check_readable(request)
             service.check_model(request.model)
-            options = options_of(request.sampling)
+            options = options_of(request)
             thinking = request.thinking if request.HasField("thinking") else self._thinking
             ids = await service.encode_chat([message_of(m) for m in request.messages], thinking)
             generation = service.chat(ids, options)

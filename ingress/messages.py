@@ -25,8 +25,9 @@ def field_name(param: str) -> str:
     return _FIELDS.get(param, param)
 
 
-def options_of(sampling: pb.Sampling) -> Options:
+def options_of(request: pb.CompleteRequest | pb.ChatRequest) -> Options:
     """Settings with defaults filled in. Raises RequestError on what is out of range."""
+    sampling = request.sampling
 
     def given(name: str, default: Any) -> Any:
         return getattr(sampling, name) if sampling.HasField(name) else default
@@ -40,6 +41,7 @@ def options_of(sampling: pb.Sampling) -> Options:
         stop=tuple(sampling.stop),
         stop_token_ids=tuple(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
+        cache_salt=request.cache_salt,
     )
     if not 0 <= options.temperature <= 2:
         raise _out_of("temperature", options.temperature, "0 to 2")
@@ -91,7 +93,9 @@ def _common(delta: Delta, generation: Generation) -> dict[str, Any]:
         used = generation.usage
         fields["finish_reason"] = _FINISH[delta.finish]
         fields["usage"] = pb.Usage(
-            prompt_tokens=used.prompt_tokens, completion_tokens=used.completion_tokens
+            prompt_tokens=used.prompt_tokens,
+            completion_tokens=used.completion_tokens,
+            cached_tokens=used.cached_tokens,
         )
     return fields
 

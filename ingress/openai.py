@@ -65,6 +65,7 @@ class Common(Body):
     stop: _StopText | _StopTexts | None = None
     stop_token_ids: _StopIds | None = None
     ignore_eos: bool = False
+    cache_salt: str | None = Field(default=None, max_length=256)
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
@@ -102,6 +103,7 @@ class Common(Body):
             stop=stops,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
+            cache_salt=self.cache_salt or "",
         )
 
 
@@ -236,7 +238,7 @@ def usage(generation: Generation) -> dict[str, Any]:
         "prompt_tokens": used.prompt_tokens,
         "completion_tokens": used.completion_tokens,
         "total_tokens": used.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
     }
 
 

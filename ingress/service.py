@@ -44,6 +44,7 @@ class Options:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    cache_salt: str = ""
 
 
 @dataclass(slots=True)
@@ -52,6 +53,7 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -176,6 +178,7 @@ class Service:
             ),
             stop_ids=(self.model.eos_token_id, *options.stop_token_ids),
             ignore_eos=options.ignore_eos,
+            cache_salt=options.cache_salt,
         )
 
     def _budget(self, prompt_tokens: int, wanted: int | None) -> int:
@@ -220,6 +223,7 @@ class Service:
                     finish = _verdict(event)
                     watch.token()
                     usage.completion_tokens += 1
+                    usage.cached_tokens = min(event.cached, usage.prompt_tokens)
                     is_end = finish == "stop" and not request.ignore_eos
                     delta = assembler.push(event.token, finish, is_end)
                     if delta.finish is not None:

@@ -1,6 +1,11 @@
-"""Multi-query attention over one shared key/value vector per entry, with a sink in the denominator.
+"""Multi-query attention over a ring of raw keys and a list of entries, with a sink.
 
-Legend: B sequences, M queries per sequence, H heads, S entries, D head_dim.
+One form for decoding and prefill: a query's sums run in an order that its position alone decides
+(the sink, the ring by slot, the entries as listed), so its bits do not depend on the batch or on
+how its prompt was cut into chunks.
+
+Legend: B groups that share keys, M queries of a group, H heads, W ring slots, E entries,
+K entries of one query, D head_dim.
 """
 
 from __future__ import annotations
@@ -11,19 +16,31 @@ from torch import Tensor
 
 from whalepod.kernels.registry import Kernel
 
-# Entries are padded to whole blocks, and the weighted sum runs block by block: a matrix product
-# splits its inner dimension by its length, which would make a token's bits depend on its company.
-_BLOCK = 160
+# The weighted sum runs block by block: a matrix product splits a longer inner dimension by its
+# length, which would make a token's bits depend on its company. CPU BLAS sums fewer than 4 rows
+# in another order.
+_BLOCK, _LEAST_ROWS, _STEP = 128, 4, 16
 
 
 @Kernel
-def sink_attention(q_BMHD: Tensor, kv_BSD: Tensor, visible_BMS: Tensor, sink_H: Tensor) -> Tensor:
+def sink_attention(
+    q_BMHD: Tensor,
+    rings: tuple[Tensor, Tensor],
+    slots_BM: Tensor,
+    lap_BM: Tensor,
+    entries: tuple[Tensor, Tensor] | None,
+    sink_H: Tensor,
+) -> Tensor:
     """Attend: `p_s = exp(z_s) / (sum exp(z) + exp(sink))`, `o = sum p_s kv_s`, `z = q kv / sqrt(D)`.
 
     Args:
         q_BMHD: `[B, M, H, D]`, fp32 or bf16.
-        kv_BSD: `[B, S, D]`, the same dtype; key and value are the same vector.
-        visible_BMS: `[B, M, S]` bool; a query may see no entry at all (then the output is 0).
+        rings: the ring as the current lap fills it, and as the lap before left it, `[B, W, D]`
+            each; one tensor twice where both are in one place. Key and value are the same vector.
+        slots_BM: `[B, M]` slot of the query's own key: slots up to it are the current lap's.
+        lap_BM: `[B, M]` how many laps are complete; with none the slots above are not visible.
+        entries: shared by a group, `[B, E, D]`, or each query's own, `[B, M, K, D]`, and which
+            of them are visible, `[B, M, E or K]` bool. Only a query's visible ones must be in order.
         sink_H: `[H]` fp32 logit per head, not scaled.
 
     Returns:
@@ -31,18 +48,41 @@ def sink_attention(q_BMHD: Tensor, kv_BSD: Tensor, visible_BMS: Tensor, sink_H: 
 
     Source: DeepSeek-V4 inference/kernel.py, sparse_attn.
     """
+    heads = q_BMHD.shape[2]
+    if heads < _LEAST_ROWS:
+        q_BMHD = F.pad(q_BMHD, (0, 0, 0, _LEAST_ROWS - heads))
+        sink_H = F.pad(sink_H, (0, _LEAST_ROWS - heads))
     b, m, h, d = q_BMHD.shape
-    # The sink is an entry of value 0, and it comes first: with the padding at the end, every real
-    # entry keeps its place in the sums however many others a batch makes room for.
-    extra = -(kv_BSD.shape[1] + 1) % _BLOCK
-    kv = F.pad(kv_BSD, (0, 0, 1, extra))
-    seen = F.pad(visible_BMS, (1, extra))
-    z = torch.bmm(q_BMHD.reshape(b, m * h, d), kv.transpose(1, 2)).view(b, m, h, -1)
-    z = (z.float() * d**-0.5).masked_fill_(~seen.unsqueeze(2), float("-inf"))
-    z[..., 0] = sink_H
-    p = torch.softmax(z, dim=-1).to(kv.dtype).view(b, m * h, -1)
-    out = torch.bmm(p[..., :_BLOCK], kv[:, :_BLOCK])
-    for first in range(_BLOCK, kv.shape[1], _BLOCK):
-        block = slice(first, first + _BLOCK)
-        out = torch.baddbmm(out, p[..., block], kv[:, block])
-    return out.view(b, m, h, d)
+    current, previous = rings
+    width = current.shape[1]
+    rows = q_BMHD.reshape(b, m * h, d)
+    newer = torch.arange(width, device=rows.device) <= slots_BM.unsqueeze(-1)
+    z = torch.bmm(rows, current.transpose(1, 2)).view(b, m, h, width)
+    if previous is not current:
+        older = torch.bmm(rows, previous.transpose(1, 2)).view(b, m, h, width)
+        z = torch.where(newer.unsqueeze(2), z, older)
+    seen = [newer | (lap_BM > 0).unsqueeze(-1)]
+    parts = [z]
+    if entries is not None:
+        listed, visible = entries
+        more = -listed.shape[-2] % _STEP
+        listed, visible = F.pad(listed, (0, 0, 0, more)), F.pad(visible, (0, more))
+        shared = listed.ndim == 3
+        grouped, keys = (rows, listed) if shared else (rows.view(-1, h, d), listed.flatten(0, 1))
+        parts.append(torch.bmm(grouped, keys.transpose(1, 2)).view(b, m, h, -1))
+        seen.append(visible)
+    z = torch.cat(parts, dim=-1).float().mul_(d**-0.5)
+    z.masked_fill_(~torch.cat(seen, dim=-1).unsqueeze(2), float("-inf"))
+    z = torch.cat([sink_H.view(-1, 1).expand(b, m, h, 1), z], dim=-1)
+    p = torch.softmax(z, dim=-1)[..., 1:].to(q_BMHD.dtype)
+    ring = p[..., :width]
+    fresh = (ring * newer.unsqueeze(2)).view(b, m * h, width)
+    out = torch.bmm(fresh, current)
+    out = torch.baddbmm(out, ring.reshape(b, m * h, width) - fresh, previous)
+    if entries is not None:
+        out = out.view(grouped.shape)
+        p = p[..., width:].reshape(*grouped.shape[:2], -1)
+        for first in range(0, keys.shape[1], _BLOCK):
+            block = slice(first, first + _BLOCK)
+            out = torch.baddbmm(out, p[..., block], keys[:, block])
+    return out.view(b, m, h, d)[:, :, :heads]

@@ -23,9 +23,8 @@ from whalepod.model.indexer import Indexer
 from whalepod.model.rope import rotate_
 from whalepod.model.shape import ModelConfig
 
-# A chunk's queries attend densely, under a mask, while that reads at most this many times what
-# each query selects; beyond it every query gathers its own entries, this many queries at a time.
-_DENSE_LIMIT, _GATHER_QUERIES = 4, 32
+# Queries of a chunk that choose their own entries are taken so many entries at a time.
+_GATHERED = 8192
 
 
 class Attention:
@@ -129,21 +128,21 @@ class Attention:
         cache: LayerCache,
     ) -> Tensor:
         n, window = batch.decoding, self.config.sliding_window
-        positions = batch.positions_T[:n]
+        positions = batch.positions_T[:n].unsqueeze(-1)
         # Position t replaces t - W, which no query from t on sees.
-        cache.window[batch.slots_D, positions % window] = kv_TD[:n].to(cache.window.dtype)
-        kv = cache.window[batch.slots_D]
-        slots = torch.arange(window, device=positions.device)
-        seen = slots <= positions.unsqueeze(-1)
+        cache.window[batch.slots_D, positions[:, 0] % window] = kv_TD[:n].to(cache.window.dtype)
+        ring = cache.window[batch.slots_D]
+        entries = None
         if cache.main is not None:
             if self.indexer is not None and picked is not None and cache.index is not None:
                 rows, real = self.indexer.pick_decode(*picked, batch, cache.index, self.ratio)
             else:
                 view = batch.decode_view(self.ratio)
                 rows, real = view.entries_DE, view.seen_DE
-            kv = torch.cat([kv, cache.main.entries[rows]], dim=1)
-            seen = torch.cat([seen, real], dim=1)
-        return sink_attention(q_THD[:n].unsqueeze(1), kv, seen.unsqueeze(1), self.sink_H).squeeze(1)
+            entries = cache.main.entries[rows], real.unsqueeze(1)
+        q = q_THD[:n].unsqueeze(1)
+        at = positions % window, positions // window
+        return sink_attention(q, (ring, ring), *at, entries, self.sink_H).squeeze(1)
 
     def _chunk(
         self,
@@ -154,73 +153,64 @@ class Attention:
         batch: Batch,
         cache: LayerCache,
     ) -> Tensor:
-        window, device = self.config.sliding_window, q_THD.device
+        """Attend lap by lap: the queries of one lap of the ring share its keys."""
+        window = self.config.sliding_window
         q, new = q_THD[span.rows], kv_TD[span.rows].to(cache.window.dtype)
         positions = batch.positions_T[span.rows]
-        past = torch.arange(max(0, span.start - window + 1), span.start, device=device)
-        kv = torch.cat([cache.window[span.slot, past % window], new])
-        age = positions.unsqueeze(-1) - torch.cat([past, positions])
-        seen = (age >= 0) & (age < window)
-        tail = positions[-window:] % window
-        batch.write_later(span.slot, cache.window[span.slot], tail, new[-window:])
-        entries = span.end // self.ratio if self.ratio else 0
-        if not entries:
-            return self._attend(q, kv, seen)
-        assert cache.main is not None
-        rows = batch.entry_rows(span, self.ratio, 0, entries)
-        visible = torch.arange(entries, device=device) < (positions.unsqueeze(-1) + 1) // self.ratio
-        if self.indexer is not None and entries > self.indexer.topk:
-            assert picked is not None
-            assert cache.index is not None
-            keys = cache.index.entries[rows].unsqueeze(0)
-            if entries > _DENSE_LIMIT * self.indexer.topk:
-                return self._gather_chunk(
-                    q, (kv, seen), (rows, visible), picked, span, keys, cache.main.entries
+        batch.write_later(span.slot, cache.window, positions, new)
+        out = torch.empty_like(q)
+        before = cache.window[span.slot]
+        for lap in range(span.start // window, (span.end - 1) // window + 1):
+            first, stop = max(lap * window, span.start), min((lap + 1) * window, span.end)
+            ring = before.clone()
+            part = slice(first - span.start, stop - span.start)
+            ring[first % window : first % window + stop - first] = new[part]
+            for few in self._portions(part):
+                at = positions[few].unsqueeze(0)
+                entries = self._entries(picked, span, few, batch, cache)
+                out[few] = sink_attention(
+                    q[few].unsqueeze(0),
+                    (ring.unsqueeze(0), before.unsqueeze(0)),
+                    at % window,
+                    at // window,
+                    entries,
+                    self.sink_H,
                 )
-            scores = self.indexer.score(
-                picked[0][span.rows].unsqueeze(0), picked[1][span.rows].unsqueeze(0), keys
-            ).squeeze(0)
-            best = select(scores.masked_fill_(~visible, float("-inf")), self.indexer.topk)
-            visible = visible & torch.zeros_like(visible).scatter_(1, best, True)
-        return self._attend(
-            q, torch.cat([kv, cache.main.entries[rows]]), torch.cat([seen, visible], dim=1)
-        )
-
-    def _attend(self, q_MHD: Tensor, kv_SD: Tensor, seen_MS: Tensor) -> Tensor:
-        out = sink_attention(
-            q_MHD.unsqueeze(0), kv_SD.unsqueeze(0), seen_MS.unsqueeze(0), self.sink_H
-        )
-        return out.squeeze(0)
-
-    def _gather_chunk(
-        self,
-        q_MHD: Tensor,
-        window: tuple[Tensor, Tensor],
-        entries: tuple[Tensor, Tensor],
-        picked: tuple[Tensor, Tensor],
-        span: Span,
-        keys: Tensor,
-        pool: Tensor,
-    ) -> Tensor:
-        """Long contexts: every query gathers its own window and its own best entries."""
-        assert self.indexer is not None
-        (kv_SD, seen_MS), (rows_E, visible_ME) = window, entries
-        out = torch.empty_like(q_MHD)
-        width = min(self.config.sliding_window, kv_SD.shape[0])
-        for first in range(0, q_MHD.shape[0], _GATHER_QUERIES):
-            part = slice(first, first + _GATHER_QUERIES)
-            at = slice(span.row + first, min(span.row + first + _GATHER_QUERIES, span.rows.stop))
-            scores = self.indexer.score(
-                picked[0][at].unsqueeze(0), picked[1][at].unsqueeze(0), keys
-            ).squeeze(0)
-            scores.masked_fill_(~visible_ME[part], float("-inf"))
-            best = select(scores, self.indexer.topk)
-            near = seen_MS[part].float().topk(width).indices
-            kv = torch.cat([kv_SD[near], pool[rows_E[best]]], dim=1)
-            seen = torch.cat(
-                [seen_MS[part].gather(1, near), visible_ME[part].gather(1, best)], dim=1
-            )
-            out[part] = sink_attention(
-                q_MHD[part].unsqueeze(1), kv, seen.unsqueeze(1), self.sink_H
-            ).squeeze(1)
+            before = ring
         return out
+
+    def _portions(self, rows: slice) -> list[slice]:
+        """Cut rows so that what their own entries occupy stays within bounds."""
+        if self.indexer is None:
+            return [rows]
+        count = max(1, _GATHERED // self.indexer.topk)
+        starts = range(rows.start, rows.stop, count)
+        return [slice(first, min(first + count, rows.stop)) for first in starts]
+
+    def _entries(
+        self,
+        picked: tuple[Tensor, Tensor] | None,
+        span: Span,
+        rows: slice,
+        batch: Batch,
+        cache: LayerCache,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Entries for some queries of a chunk: all that the last one sees, or each one's choice."""
+        count = (span.start + rows.stop) // self.ratio if self.ratio else 0
+        if not count:
+            return None
+        assert cache.main is not None
+        pool = batch.table(span, self.ratio)[:count]
+        positions = batch.positions_T[span.rows][rows].unsqueeze(-1)
+        visible = torch.arange(count, device=pool.device) < (positions + 1) // self.ratio
+        if self.indexer is None or count <= self.indexer.topk:
+            return cache.main.entries[pool].unsqueeze(0), visible.unsqueeze(0)
+        assert picked is not None
+        assert cache.index is not None
+        at = slice(span.row + rows.start, span.row + rows.stop)
+        scores = self.indexer.score(
+            picked[0][at].unsqueeze(0), picked[1][at].unsqueeze(0), cache.index.entries[pool][None]
+        ).squeeze(0)
+        best = select(scores.masked_fill_(~visible, float("-inf")), self.indexer.topk)
+        chosen = cache.main.entries[pool[best]]
+        return chosen.unsqueeze(0), visible.gather(1, best).unsqueeze(0)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from whalepod.model.rope import turns
 
+# Rings of all slots, positions of rows, and the rows.
 Write = tuple[Tensor, Tensor, Tensor]
 
 
@@ -83,6 +84,7 @@ class Batch:
     slots_D: Tensor = field(init=False)
     _views: dict[int, DecodeView] = field(init=False, default_factory=dict)
     _turns: dict[int, Tensor] = field(init=False, default_factory=dict)
+    _tables: dict[tuple[int, int], Tensor] = field(init=False, default_factory=dict)
     _writes: dict[int, list[Write]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -140,22 +142,51 @@ class Batch:
 
     def entry_rows(self, span: Span, ratio: int, first: int, stop: int) -> Tensor:
         """Flat pool rows of entries `first .. stop-1` of one sequence, `[stop - first]`."""
-        per = self.block_tokens // ratio
-        rows = [span.blocks[w // per] * per + w % per for w in range(first, stop)]
-        return torch.tensor(rows, dtype=torch.int64).to(self.ids_T.device)
+        return self.table(span, ratio)[first:stop]
 
-    def write_later(self, slot: int, target: Tensor, rows: Tensor, values: Tensor) -> None:
-        """Note `target[rows] = values` for the `commit` of the sequence in `slot`."""
-        self._writes.setdefault(slot, []).append((target, rows, values))
+    def table(self, span: Span, ratio: int) -> Tensor:
+        """Flat pool rows of all entries a sequence has room for, in order; made once per pass."""
+        key = (span.row, ratio)
+        found = self._tables.get(key)
+        if found is None:
+            per = self.block_tokens // ratio
+            blocks = torch.tensor(span.blocks, dtype=torch.int64).unsqueeze(-1)
+            found = (blocks * per + torch.arange(per)).flatten().to(self.ids_T.device)
+            self._tables[key] = found
+        return found
 
-    def commit(self, slot: int | None = None) -> None:
+    def write_later(self, slot: int, rings: Tensor, positions: Tensor, values: Tensor) -> None:
+        """Note rows for the `commit` of the sequence in `slot`.
+
+        Args:
+            rings: `[N, R, ...]`, one ring a slot, addressed by position modulo R.
+            positions: of all rows of the sequence's span, ascending.
+            values: one row a position.
+        """
+        self._writes.setdefault(slot, []).append((rings, positions, values))
+
+    def commit(self, slot: int | None = None, rows: int | None = None) -> None:
         """Make the pass's state visible, of one sequence or of all.
 
         Running the pass again before this gives the same bits.
+
+        Args:
+            rows: the first so many rows of the span only; the others were drafts and are wrong.
+                Entries that they closed are written again before any query sees them.
         """
         for which in [slot] if slot is not None else list(self._writes):
-            for target, rows, values in self._writes.pop(which, ()):
-                target[rows] = values
+            self._write(self._writes.pop(which, []), which, rows)
+
+    def keep(self, slot: int, rows: int, into: int) -> None:
+        """Write what `commit` of so many rows would, but into the rings of another slot."""
+        self._write(self._writes.get(slot, []), into, rows)
+
+    @staticmethod
+    def _write(writes: list[Write], slot: int, rows: int | None) -> None:
+        for rings, positions, values in writes:
+            stop, size = len(values) if rows is None else rows, rings.shape[1]
+            first = max(0, stop - size)
+            rings[slot, positions[first:stop] % size] = values[first:stop]
 
     def _make_view(self, ratio: int) -> DecodeView:
         per = self.block_tokens // ratio

@@ -72,6 +72,14 @@ class Cache:
                     tensors += [part.entries, part.raw]
         return sum(t.nbytes for t in tensors)
 
+    def copy_slot(self, src: int, dst: int) -> None:
+        """Make one slot's rings those of another, in every layer."""
+        for layer in self.layers.values():
+            layer.window[dst] = layer.window[src]
+            for part in (layer.main, layer.index):
+                if part is not None:
+                    part.raw[dst] = part.raw[src]
+
     def _layer(self, layer: int) -> LayerCache:
         config, kind = self.config, self.config.kind(layer)
         window = torch.zeros(

@@ -82,8 +82,7 @@ class Compressor:
         ring, ratio, device = state.raw.shape[1], self.ratio, rows.device
         positions = batch.positions_T[span.rows]
         rows[:, 1] += self.ape_JC[positions % ratio]
-        tail = positions[-ring:] % ring
-        batch.write_later(span.slot, state.raw[span.slot], tail, rows[-ring:])
+        batch.write_later(span.slot, state.raw, positions, rows)
         first, stop = span.start // ratio, span.end // ratio
         if stop == first:
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from whalepod.kernels.select import select
@@ -18,6 +19,8 @@ from whalepod.model.compressor import Compressor
 from whalepod.model.fidelity import Fidelity
 from whalepod.model.rope import rotate_
 from whalepod.model.shape import ModelConfig
+
+_STEP = 32
 
 
 class Indexer:
@@ -57,9 +60,12 @@ class Indexer:
     def score(self, q_BMHI: Tensor, gate_BMH: Tensor, keys_BEI: Tensor) -> Tensor:
         """Score entries, `[B, M, E]` fp32; the caller masks what a query may not see."""
         b, m, h, i = q_BMHI.shape
+        entries = keys_BEI.shape[1]
+        # Short tails of a row would be summed in another order.
+        keys_BEI = F.pad(keys_BEI, (0, 0, 0, -entries % _STEP))
         raw = torch.bmm(q_BMHI.reshape(b, m * h, i), keys_BEI.transpose(1, 2)).float().relu_()
         gate = (gate_BMH * self.scale).reshape(b * m, 1, h)
-        return torch.bmm(gate, raw.view(b * m, h, -1)).view(b, m, -1)
+        return torch.bmm(gate, raw.view(b * m, h, -1)).view(b, m, -1)[..., :entries]
 
     def pick_decode(
         self, q_THI: Tensor, gate_TH: Tensor, batch: Batch, state: Compressed, ratio: int

@@ -157,19 +157,16 @@ def write_checkpoint(
     """Write a folder as the release lays it out; returns the shards, at least two.
 
     Args:
-        shard_bytes: largest shard; default: half of all.
+        shard_bytes: size of a shard, exceeded by at most one tensor; default: half of all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(t.nbytes for t in tensors.values())
-    limit = min(shard_bytes or total, -(-total // 2))
-    shards: list[dict[str, Tensor]] = [{}]
-    room = limit
+    count = max(2, -(-total // (shard_bytes or total)))
+    shards: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    before = 0
     for name, tensor in tensors.items():
-        if shards[-1] and tensor.nbytes > room:
-            shards.append({})
-            room = limit
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
+        shards[before * count // total][name] = tensor
+        before += tensor.nbytes
     paths = [
         folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         for i in range(1, len(shards) + 1)

@@ -18,6 +18,7 @@ class Scripted:
         self.failure: Exception | None = None
         self.late_failure: Exception | None = None
         self.reason: str | None = None
+        self.cached = 0
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         self.requests.append(request)
@@ -33,7 +34,7 @@ class Scripted:
                 elif i + 1 == min(request.max_tokens, len(self.tokens)):
                     finish = "length"
                 done = finish is not None
-                yield TokenEvent(request.id, i, token, -0.5, finish)  # type: ignore[arg-type]
+                yield TokenEvent(request.id, i, token, -0.5, finish, None, self.cached)  # type: ignore[arg-type]
                 if done:
                     return
                 if self.late_failure is not None:

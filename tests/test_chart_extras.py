@@ -5,8 +5,9 @@ import re
 
 import pytest
 import yaml
-from chart.render import CHART, ROOT, docs, groups, one, ray_spec
+from chart.render import CHART, ROOT, Doc, docs, groups, one, ray_spec
 
+from whalepod.cluster import kube_access
 from whalepod.ingress.grpc import NAME
 from whalepod.metrics import Metrics
 from whalepod.model.inspection import inspect_config
@@ -19,19 +20,25 @@ def test_presets_know_the_models() -> None:
     for name in ("flash", "pro"):
         preset = presets[name]
         file = ROOT / "configs" / "models" / f"deepseek-v4-{name}.json"
-        told, sizes = inspect_config(file), {"attention": [0, 0], "experts": [0, 0]}
+        told, sizes = inspect_config(file), {"attention": [0, 0], "experts": [0, 0], "mtp": [0, 0]}
         for line in told.splitlines():
             row = re.match(r"(\w[\w ]*?)\s{2,}\w+\s+[\d,]+\s+([\d,]+)\s+([\d,]+)$", line)
-            if row and not row[1].startswith(("mtp", "all")):
-                side = sizes["experts" if row[1] == "routed experts" else "attention"]
+            if row and row[1] != "all":
+                kind = {"mtp": "mtp", "routed": "experts"}.get(row[1].split()[0], "attention")
+                side = sizes[kind]
                 for i in (0, 1):
                     side[i] += int(row[i + 2].replace(",", ""))
         shape = json.loads(file.read_text())
         assert f"total_bytes {preset['bytes']} " in told
         assert preset["stored"] == {k: v[0] for k, v in sizes.items()}
         assert preset["parameters"] == {k: v[1] for k, v in sizes.items()}
-        assert preset["experts"] == shape["n_routed_experts"]
-        assert preset["layers"] == shape["num_hidden_layers"]
+        assert (preset["experts"], preset["layers"]) == _shape(shape)
+    shipped = json.loads((ROOT / "models" / "demo" / "config.json").read_text())
+    assert (presets["demo"]["experts"], presets["demo"]["layers"]) == _shape(shipped)
+
+
+def _shape(config: Doc) -> tuple[int, int]:
+    return config["n_routed_experts"], config["num_hidden_layers"]
 
 
 def exported() -> set[str]:
@@ -86,3 +93,10 @@ def test_a_compute_domain_spans_the_gpu_pods_which_claim_it() -> None:
         assert spec["resourceClaims"][0]["resourceClaimTemplateName"] == claim
         assert spec["containers"][0]["resources"]["claims"] == [{"name": "nvlink-domain"}]
     assert "resourceClaims" not in made["ingress"]["template"]["spec"]
+
+
+def test_the_commands_role_is_what_the_commands_call() -> None:
+    found = docs("overrides")
+    for kind, namespaced in (("Role", True), ("ClusterRole", False)):
+        wanted = kube_access.rules(a for a in kube_access.COMMANDS if a.namespaced == namespaced)
+        assert one(found, kind)["rules"] == wanted

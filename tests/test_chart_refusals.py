@@ -37,6 +37,14 @@ TEMPLATE = {  # refused by the templates: the message names value, fault and way
         "set both to 1",
     ),
     "ep with stages": (f"{DEMO},config.topology.layout=ep,config.topology.stages=2", "no stages"),
+    "drafts with stages": (
+        f"{DEMO},config.engine.draft_tokens=1,config.topology.stages=2,groups.attention.replicas=2",
+        "needs config.topology.stages=1",
+    ),
+    "Pro drafts on 32 H100": (
+        "model.preset=pro,gpu.memoryMiB=81559,config.engine.draft_tokens=2,groups.experts.replicas=6",
+        "groups.attention: each of 8 members must hold 102.9 GB",
+    ),
     "stages do not divide": (
         f"{DEMO},groups.attention.replicas=3,config.topology.stages=2",
         "3 attention members cannot form replicas",

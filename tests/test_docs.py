@@ -32,6 +32,7 @@ def test_example_runs(block: str) -> None:
             code = block.replace("http://127.0.0.1:8000", servers.http)
             code = code.replace("127.0.0.1:9000", servers.grpc)
             assert code != block
+            code = code.replace('model="demo"', 'model="tiny"')
             with redirect_stdout(io.StringIO()) as said:
                 await asyncio.to_thread(exec, compile(code, "example", "exec"), {})
             gc.collect()  # while its warnings are still ignored

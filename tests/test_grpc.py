@@ -49,6 +49,18 @@ def test_completion_whole_and_streamed() -> None:
     assert len({p.id for p in parts}) == 1
 
 
+def test_salt_goes_to_the_engine_and_cached_tokens_come_back() -> None:
+    engine = Scripted(IDS)
+    engine.cached = 1
+    request = pb.CompleteRequest(text="x", sampling=pb.Sampling(max_tokens=2), cache_salt="me")
+
+    async def act(servers: Edge, stub: Any) -> Any:
+        return await stub.Complete(request)
+
+    assert with_stub(engine, act).usage.cached_tokens == 1
+    assert engine.requests[0].cache_salt == "me"
+
+
 def test_chat_splits_reasoning_from_the_answer() -> None:
     end, eos = TOKENIZER.control_id("</think>"), 1
     script = [*TOKENIZER.encode_text("hmm, 鲸"), end, *TOKENIZER.encode_text("Yes."), eos, 5]

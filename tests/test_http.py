@@ -77,6 +77,14 @@ def test_completion_whole_and_streamed() -> None:
     assert chunks[-1]["usage"] == found["usage"]
 
 
+def test_salt_goes_to_the_engine_and_cached_tokens_come_back() -> None:
+    engine = Scripted(IDS)
+    engine.cached = 1
+    (reply,) = ask(engine, (COMPLETIONS, {"prompt": "x", "max_tokens": 2, "cache_salt": "me"}))
+    assert reply.json()["usage"]["prompt_tokens_details"] == {"cached_tokens": 1}
+    assert engine.requests[0].cache_salt == "me"
+
+
 def test_chat_splits_reasoning_from_the_answer() -> None:
     end, eos = TOKENIZER.control_id("</think>"), 1
     script = [*TOKENIZER.encode_text("hmm, 鲸"), end, *TOKENIZER.encode_text("Yes."), eos, 5]

@@ -21,7 +21,8 @@ VOCABULARY = {"config", "errors", "metrics"}  # src/whalepod/*.py that anyone ma
 
 HOME = {  # third-party package -> where it may be imported
     "ray": ("actors/", "ingress/serve.py"),
-    "kubernetes": ("cluster/kube.py",),
+    "kubernetes": ("cluster/kube.py", "cluster/kube_transport.py"),
+    "urllib3": ("cluster/kube_transport.py",),
     "triton": ("kernels/",),
     "torch.distributed": ("cluster/fabric.py",),
     "fastapi": ("ingress/http.py", "ingress/serve.py"),

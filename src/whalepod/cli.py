@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from whalepod import __version__
-from whalepod.commands import cluster, local
+from whalepod.commands import cluster, k8s, local
 from whalepod.errors import WhalepodError
 
 
@@ -16,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="whalepod", description="Serve DeepSeek-V4 on Ray.")
     root.add_argument("--version", action="version", version=f"whalepod {__version__}")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
-    for add in (*cluster.COMMANDS, *local.COMMANDS):
+    for add in (*cluster.COMMANDS, *local.COMMANDS, *k8s.COMMANDS):
         add(commands)
     return root
 

@@ -81,6 +81,17 @@ class Engine(Section):
         ge=2,
         description="prompt + output tokens; default: the model's, at most 65536",
     )
+    draft_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=3,
+        description="tokens the MTP block drafts ahead, where that pays; 0: none",
+    )
+    prefix_snapshots: int = Field(
+        default=32,
+        ge=0,
+        description="states kept to go on from after a known prefix; 0: prefixes are not reused",
+    )
     kv_tokens: int = Field(
         default=131072, ge=128, description="tokens of compressed KV over all requests of a member"
     )
@@ -135,6 +146,15 @@ class Config(Section):
     engine: Engine = Field(default_factory=Engine)
     cluster: Cluster = Field(default_factory=Cluster)
     server: Server = Field(default_factory=Server)
+
+    @model_validator(mode="after")
+    def _drafts_fit(self) -> Config:
+        if self.engine.draft_tokens and self.topology.stages > 1:
+            raise ValueError(
+                f"engine.draft_tokens={self.engine.draft_tokens} needs topology.stages=1 "
+                f"(found {self.topology.stages}): drafts are made where both ends of the model are"
+            )
+        return self
 
     @property
     def digest(self) -> str:

@@ -42,6 +42,7 @@
 {{- $layers := int ($v.model.layers | default $plan.facts.layers | default 0) -}}
 {{- if and (eq $plan.layout "single") (or (ne (int $a.members) 1) (ne $stages 1)) }}{{ fail (printf "\n\nconfig.topology.layout is single, which has one member, but groups.attention gives %d and stages %d; set both to 1, or layout to ep or afd" (int $a.members) $stages) }}{{ end -}}
 {{- if and (eq $plan.layout "ep") (ne $stages 1) }}{{ fail (printf "\n\nconfig.topology.layout is ep, which has no stages (config.topology.stages=%d); use afd" $stages) }}{{ end -}}
+{{- if and $v.config.engine.draft_tokens (gt $stages 1) }}{{ fail (printf "\n\nconfig.engine.draft_tokens is %d, which needs config.topology.stages=1 (found %d); drafts are made where both ends of the model are" (int $v.config.engine.draft_tokens) $stages) }}{{ end -}}
 {{- if mod (int $a.members) $stages }}{{ fail (printf "\n\n%d attention members cannot form replicas of config.topology.stages=%d; make groups.attention a multiple of it" (int $a.members) $stages) }}{{ end -}}
 {{- if and $layers (gt $stages $layers) }}{{ fail (printf "\n\nconfig.topology.stages is %d, but the model has %d layers" $stages $layers) }}{{ end -}}
 {{- $holders := ternary $plan.groups.experts.members $a.members (eq $plan.layout "afd") -}}
@@ -71,10 +72,12 @@
 {{- $experts := int64 0 -}}
 {{- if and (eq $v.gpu.weights "stored") $facts.stored -}}
 {{- $attention = int64 $facts.stored.attention -}}
+{{- if $v.config.engine.draft_tokens }}{{ $attention = add $attention (int64 $facts.stored.mtp) }}{{ end -}}
 {{- $experts = int64 $facts.stored.experts -}}
 {{- else if or $facts.parameters (and $v.model.attentionParameters $v.model.expertParameters) -}}
 {{- $parameters := $facts.parameters | default dict -}}
 {{- $attention = mul (int64 ($v.model.attentionParameters | default $parameters.attention)) $width -}}
+{{- if $v.config.engine.draft_tokens }}{{ $attention = add $attention (mul (int64 (default 0 $parameters.mtp)) $width) }}{{ end -}}
 {{- $experts = mul (int64 ($v.model.expertParameters | default $parameters.experts)) $width -}}
 {{- end -}}
 {{- $count := int64 ($v.model.experts | default $facts.experts | default 0) -}}

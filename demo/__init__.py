@@ -1,0 +1,1 @@
+"""How the shipped demo model is made: texts, documents, tokenizer, training, export, evaluation."""

@@ -1,0 +1,1 @@
+"""What the model card says about the model, measured."""

@@ -1,0 +1,147 @@
+"""Reuse of computed prefixes: a radix tree over blocks of tokens, and snapshots of the rings.
+
+A block's compressed entries serve every sequence that starts with the same tokens. To go on after
+a prefix a sequence also needs the rings as they were there (raw window keys, open compressor rows),
+so a hit ends at a block that has a snapshot; what follows is computed again, to the same bits.
+
+Snapshots are spare slots of the rings. Trees of different salts share nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from whalepod.engine.blocks import BlockPool
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One block of tokens after its parent's. `refs` counts the running sequences that hold it."""
+
+    parent: Node | None
+    key: tuple[int, ...]
+    block: int
+    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    refs: int = 0
+    used: int = 0
+    snapshot: int = -1
+
+
+class PrefixCache:
+    """What finished and running sequences leave for others. The engine loop owns it.
+
+    Args:
+        blocks: the pool that sequences take blocks from; cached blocks count as taken.
+        snapshots: slots that snapshots may use.
+        block_tokens: tokens of a block.
+    """
+
+    def __init__(self, blocks: BlockPool, snapshots: Seq[int], block_tokens: int) -> None:
+        self.blocks, self.block_tokens = blocks, block_tokens
+        self.hit_tokens = self.asked_tokens = 0
+        self._free = list(snapshots)
+        self._roots: dict[str, Node] = {}
+        self._nodes: set[Node] = set()
+        self._idle = 0
+        self._clock = 0
+
+    @property
+    def idle(self) -> int:
+        """Cached blocks that no running sequence holds; they can be had back."""
+        return self._idle
+
+    def root(self, salt: str) -> Node:
+        """The empty prefix of one salt."""
+        return self._roots.setdefault(salt, Node(None, (), -1))
+
+    def match(self, tokens: Seq[int], salt: str) -> list[Node]:
+        """Blocks in the tree that `tokens` starts with; at least one token stays uncovered."""
+        node, found = self.root(salt), []
+        for start in range(0, len(tokens) - self.block_tokens, self.block_tokens):
+            child = node.children.get(tuple(tokens[start : start + self.block_tokens]))
+            if child is None:
+                break
+            found.append(child)
+            node = child
+        return found
+
+    def hold(self, nodes: Seq[Node]) -> None:
+        """A running sequence uses these blocks."""
+        self._clock += 1
+        for node in nodes:
+            self._idle -= node.refs == 0
+            node.refs += 1
+            node.used = self._clock
+
+    def release(self, nodes: list[Node]) -> None:
+        """It no longer does; empties the list."""
+        for node in nodes:
+            node.refs -= 1
+            self._idle += node.refs == 0
+        nodes.clear()
+
+    def extend(self, parent: Node, key: tuple[int, ...], block: int) -> Node:
+        """The child of `parent` with these tokens, held; made with `block` if there was none.
+
+        A block that is not needed, because the child has one, goes back to the pool.
+        """
+        child = parent.children.get(key)
+        if child is None:
+            child = parent.children[key] = Node(parent, key, block)
+            self._nodes.add(child)
+            self._idle += 1
+        elif child.block != block:
+            self.blocks.give_back([block])
+        self.hold([child])
+        return child
+
+    def attach(self, node: Node, snapshot: int) -> None:
+        """Give a block the snapshot that was taken at its end."""
+        if node.snapshot >= 0:
+            self._free.append(snapshot)
+        else:
+            node.snapshot = snapshot
+
+    def reserve(self, pinned: Collection[int]) -> int:
+        """A slot for a snapshot, from the least recently used one if need be; -1: none.
+
+        Args:
+            pinned: snapshots that a coming step still reads.
+        """
+        if not self._free:
+            owners = [n for n in self._nodes if n.snapshot >= 0 and n.snapshot not in pinned]
+            if not owners:
+                return -1
+            oldest = min(owners, key=lambda n: n.used)
+            self._free.append(oldest.snapshot)
+            oldest.snapshot = -1
+        return self._free.pop()
+
+    def give_back(self, snapshots: list[int]) -> None:
+        """Reserved slots that were not used; empties the list."""
+        self._free += snapshots
+        snapshots.clear()
+
+    def evict(self, count: int) -> None:
+        """Free up to `count` idle blocks, the least recently used ends of the tree first."""
+        while count > 0:
+            ends = sorted(self._ends(), key=lambda n: n.used)[:count]
+            if not ends:
+                return
+            for node in ends:
+                self._remove(node)
+            count -= len(ends)
+
+    def _ends(self) -> Iterator[Node]:
+        return (n for n in self._nodes if not n.refs and not n.children)
+
+    def _remove(self, node: Node) -> None:
+        assert node.parent is not None
+        del node.parent.children[node.key]
+        self._nodes.remove(node)
+        self._idle -= 1
+        self.blocks.give_back([node.block])
+        if node.snapshot >= 0:
+            self._free.append(node.snapshot)
