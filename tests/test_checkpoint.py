@@ -108,6 +108,10 @@ BROKEN: dict[str, tuple[Damage, list[str]]] = {
     "unknown type": (rename_dtype, ["unknown dtype X64", "tid2eid"]),
     "truncated shard": (second_shard(cut), ["-00002-of-", "truncated", "ends at byte"]),
     "missing shard": (second_shard(Path.unlink), ["-00002-of-", "does not exist"]),
+    "unreadable shard": (
+        second_shard(lambda p: (p.unlink(), p.mkdir())),
+        ["-00002-of-", "cannot be read", "Is a directory", "for user"],
+    ),
     "garbage shard": (
         second_shard(lambda p: p.write_bytes(b"\xff" * 4096)),
         ["-00002-of-", "safetensors header"],
@@ -175,6 +179,10 @@ def test_wrong_configurations(
 def test_absent_and_unreadable_folders(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         Checkpoint.open(tmp_path / "nothing")
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory for user"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "config.json").rmdir()
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="not JSON"):
         Checkpoint.open(tmp_path)

@@ -27,6 +27,11 @@ def test_same_seed_same_bytes(tmp_path: Path, tiny: Path) -> None:
     assert digest(make_tiny(tmp_path / "other", seed=1)) != digest(tiny)
 
 
+def test_files_are_for_everybody(tmp_path: Path) -> None:
+    # Members may run as another user than whoever wrote the checkpoint.
+    assert {p.stat().st_mode & 0o044 for p in make_tiny(tmp_path / "new").iterdir()} == {0o044}
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_sound_and_sharded(preset: str, tmp_path: Path) -> None:
     folder = make_tiny(tmp_path / preset, preset)
