@@ -42,8 +42,7 @@ for name in ("cli", "model.whole", "engine.local", "cluster.fabric", "actors.poo
              "ingress.serve", "protos.inference_pb2_grpc", "kernels.linear"):
     importlib.import_module(f"whalepod.{name}")
 PY
-whalepod make-tiny /tmp/tiny > /dev/null
-whalepod generate --model /tmp/tiny --prompt "The whale" --max-tokens 4
+whalepod generate --model /models/demo --prompt "The whale" --max-tokens 4
 """
 
 
