@@ -11,16 +11,41 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
+class Adjust:
+    """What changes the logits before the choice; see `engine/adjust.py`.
+
+    Args:
+        presence, frequency: subtracted once, and for every time a token was generated.
+        repetition: divides (positive) or multiplies (negative) the logits of known tokens.
+        bias: (id, value) pairs that are added.
+        allowed: ids that may come, empty for all. banned: ids that may not.
+        min_tokens: `stop_ids` may not come before so many tokens.
+    """
+
+    presence: float = 0.0
+    frequency: float = 0.0
+    repetition: float = 1.0
+    bias: tuple[tuple[int, float], ...] = ()
+    allowed: tuple[int, ...] = ()
+    banned: tuple[int, ...] = ()
+    min_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How to choose the next token; a pure function of (logits, seed, position) with these settings.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1.0 are off.
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1.0 and `min_p` 0.0 are off. With `adjust` the
+    choice depends on the request's own tokens too.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
+    adjust: Adjust | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +140,12 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that are not in the cache yet."""
         return len(self.tokens) - self.computed
+
+    def history(self) -> tuple[int, tuple[int, ...]] | None:
+        """Number of prompt tokens and all tokens, for settings that depend on them."""
+        if self.request.sampling.adjust is None:
+            return None
+        return len(self.request.prompt_ids), tuple(self.tokens)
 
     def accept(self, token: int, logprob: float) -> TokenEvent:
         """Append a sampled token and say so; the event carries the finish if this ends it."""

@@ -6,12 +6,14 @@ tokens wherever it runs. Legend: N rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from whalepod.engine.adjust import adjusted
 from whalepod.engine.request import Sampling
 
 _MASK = (1 << 64) - 1
@@ -33,34 +35,55 @@ class Drawn:
     logprob: float
 
 
-def sample(logits_NV: Tensor, settings: Seq[Sampling], positions: Seq[int]) -> list[Drawn]:
+# How many tokens are the prompt, and all tokens before a draw.
+History = tuple[int, tuple[int, ...]]
+
+
+def sample(
+    logits_NV: Tensor,
+    settings: Seq[Sampling],
+    positions: Seq[int],
+    histories: Seq[History | None] | None = None,
+) -> list[Drawn]:
     """Draw one token a row.
 
     Args:
         logits_NV: `[N, V]` fp32.
         settings: one a row.
         positions: index of the drawn token in its sequence, one a row.
+        histories: the tokens before it, where the settings ask for them (`adjust`).
 
     Returns:
         one `Drawn` a row. Greedy ties go to the lowest id.
     """
     greedy = logits_NV.argmax(-1).tolist()
-    tokens = [
-        greedy[i] if s.temperature == 0 else draw(logits_NV[i], s, positions[i])
-        for i, s in enumerate(settings)
-    ]
+    tokens = []
+    for i, s in enumerate(settings):
+        row = None
+        if s.adjust is not None:
+            history = histories[i] if histories else None
+            assert history is not None
+            row = adjusted(logits_NV[i], s.adjust, *history)
+        if s.temperature == 0:
+            tokens.append(greedy[i] if row is None else int(row.argmax()))
+        else:
+            tokens.append(draw(logits_NV[i] if row is None else row, s, positions[i]))
     at = torch.tensor(tokens, device=logits_NV.device).unsqueeze(-1)
     chosen = logits_NV.gather(1, at).squeeze(1) - logits_NV.logsumexp(-1)
     return [Drawn(t, p) for t, p in zip(tokens, chosen.tolist(), strict=True)]
 
 
 def draw(logits_V: Tensor, settings: Sampling, position: int) -> int:
-    """Draw from one row: temperature, then top-k, then top-p, then inverse transform.
+    """Draw from one row: temperature, then min-p, top-k, top-p, then inverse transform.
 
     Candidates are taken in the order of (-logit, id), in fp64, so equal logits give equal tokens.
     """
     scaled = logits_V.double() / settings.temperature
     ordered, ids = torch.sort(scaled, descending=True, stable=True)
+    if settings.min_p:
+        # Probabilities of at least min_p times the best one's; the best is always among them.
+        keep = int((ordered >= ordered[0] + math.log(settings.min_p)).sum())
+        ordered, ids = ordered[:keep], ids[:keep]
     if settings.top_k:
         ordered, ids = ordered[: settings.top_k], ids[: settings.top_k]
     cumulative = torch.softmax(ordered, dim=0).cumsum(0)

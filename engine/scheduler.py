@@ -123,6 +123,7 @@ class Scheduler:
             len(drafts),
             sequence.restore,
             self._keep(sequence, end + len(drafts)),
+            sequence.history() if whole else None,
         )
         planned.append((sequence, part))
         return len(part.ids)

@@ -40,7 +40,8 @@ def draw(stage: AttentionStage, x: Seq[Tensor], micro_batches: Seq[MicroBatch]) 
         rows, draws = micro_batch.last_rows(), micro_batch.draws()
         if rows:
             logits = stage.logits(x_TCD, rows)
-            drawn += sample(logits, [s for s, _ in draws], [p for _, p in draws])
+            settings, positions = [s for s, _ in draws], [p for _, p in draws]
+            drawn += sample(logits, settings, positions, micro_batch.histories())
     return drawn
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 
-from whalepod.engine.request import Sampling
+from whalepod.engine.request import Adjust, Sampling
 from whalepod.model.batch import Batch, Span
 
 
@@ -20,7 +21,8 @@ class Part:
     None for a chunk that does not reach the end of the known tokens. The last `drafts` ids are
     guesses: each of their rows draws as well, at the position after the one before. `restore` is
     the snapshot its slot starts from (-1: none) and `keep` lists the snapshots to take: after so
-    many of its rows, into that slot.
+    many of its rows, into that slot. `history` holds the number of prompt tokens and all tokens
+    before the first draw, for settings that depend on them.
     """
 
     slot: int
@@ -31,6 +33,7 @@ class Part:
     drafts: int = 0
     restore: int = -1
     keep: tuple[tuple[int, int], ...] = ()
+    history: tuple[int, tuple[int, ...]] | None = None
 
     def emitted(self, drawn: Seq[int]) -> list[int]:
         """The tokens this part yields: as many of its draws as rest on right guesses.
@@ -75,6 +78,16 @@ class MicroBatch:
                 rows += range(end - 1 - part.drafts, end)
         return rows
 
+    def histories(self) -> list[tuple[int, tuple[int, ...]] | None]:
+        """What was known before each draw, in the order of `draws`."""
+        found: list[tuple[int, tuple[int, ...]] | None] = []
+        for part in (p for p in self.parts if p.draw is not None):
+            guesses = part.ids[len(part.ids) - part.drafts :]
+            for i in range(1 + part.drafts):
+                known = part.history
+                found.append(known and (known[0], known[1] + guesses[:i]))
+        return found
+
     def draws(self) -> list[tuple[Sampling, int]]:
         """Settings and positions, in the order of `last_rows`."""
         return [
@@ -103,7 +116,7 @@ class Step:
                 [
                     [
                         *(p.slot, p.start, p.ids, p.blocks),
-                        *(p.draw and _plain(p.draw), p.drafts),
+                        *(p.draw and _plain(p.draw), p.drafts, p.history),
                     ]
                     for p in m.parts
                 ]
@@ -119,8 +132,12 @@ class Step:
             tuple(
                 MicroBatch(
                     tuple(
-                        Part(slot, start, tuple(ids), tuple(blocks), draw and _settings(draw), d)
-                        for slot, start, ids, blocks, draw, d in parts
+                        Part(
+                            *(slot, start, tuple(ids), tuple(blocks)),
+                            *(draw and _settings(draw), drafts),
+                            history=history and (history[0], tuple(history[1])),
+                        )
+                        for slot, start, ids, blocks, draw, drafts, history in parts
                     )
                 )
                 for parts in json.loads(data)
@@ -128,14 +145,22 @@ class Step:
         )
 
 
-def _plain(draw: tuple[Sampling, int]) -> list[float | int]:
-    s, position = draw
-    return [s.temperature, s.top_p, s.top_k, s.seed, position]
+def _plain(draw: tuple[Sampling, int]) -> list[Any]:
+    settings, position = draw
+    return [astuple(settings), position]
 
 
-def _settings(draw: Seq[float | int]) -> tuple[Sampling, int]:
-    temperature, top_p, top_k, seed, position = draw
-    return Sampling(temperature, top_p, int(top_k), int(seed)), int(position)
+def _settings(draw: list[Any]) -> tuple[Sampling, int]:
+    (temperature, top_p, top_k, seed, min_p, adjust), position = draw
+    wanted = adjust and _adjust(adjust)
+    return Sampling(temperature, top_p, top_k, seed, min_p, wanted), position
+
+
+def _adjust(values: list[Any]) -> Adjust:
+    presence, frequency, repetition, bias, allowed, banned, least, stops = values
+    pairs = tuple((token, value) for token, value in bias)
+    rest = tuple(allowed), tuple(banned), least, tuple(stops)
+    return Adjust(presence, frequency, repetition, pairs, *rest)
 
 
 def split(parts: Seq[Part], count: int) -> Step:

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from whalepod.errors import RequestError
 from whalepod.ingress.assembler import Delta
-from whalepod.ingress.service import Generation, Options
+from whalepod.ingress.options import MAX_BIASES, Options
+from whalepod.ingress.service import Generation
 from whalepod.model.chat import Message
 from whalepod.protos import inference_pb2 as pb
 
@@ -42,7 +43,16 @@ def options_of(request: pb.CompleteRequest | pb.ChatRequest) -> Options:
         stop_token_ids=tuple(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
         cache_salt=request.cache_salt,
+        min_p=sampling.min_p,
+        min_tokens=sampling.min_tokens,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=given("repetition_penalty", 1.0),
+        logit_bias=tuple(sampling.logit_bias.items()),
+        allowed_token_ids=tuple(sampling.allowed_token_ids),
+        banned_token_ids=tuple(sampling.banned_token_ids),
     )
+    _check_ranges(options)
     if not 0 <= options.temperature <= 2:
         raise _out_of("temperature", options.temperature, "0 to 2")
     if not 0 < options.top_p <= 1:
@@ -50,6 +60,22 @@ def options_of(request: pb.CompleteRequest | pb.ChatRequest) -> Options:
     if options.max_tokens == 0:
         raise _out_of("max_tokens", 0, "at least 1")
     return options
+
+
+def _check_ranges(options: Options) -> None:
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not -2 <= getattr(options, name) <= 2:
+            raise _out_of(name, getattr(options, name), "-2 to 2")
+    if not 0 < options.repetition_penalty <= 10:
+        raise _out_of("repetition_penalty", options.repetition_penalty, "above 0, at most 10")
+    if not 0 <= options.min_p <= 1:
+        raise _out_of("min_p", options.min_p, "0 to 1")
+    wrong = next((v for _, v in options.logit_bias if not -100 <= v <= 100), None)
+    if wrong is not None:
+        raise _out_of("logit_bias", wrong, "-100 to 100")
+    for name in ("logit_bias", "allowed_token_ids", "banned_token_ids"):
+        if len(getattr(options, name)) > MAX_BIASES:
+            raise _out_of(name, len(getattr(options, name)), f"at most {MAX_BIASES} entries")
 
 
 def prompt_of(request: pb.CompleteRequest) -> str | Sequence[int]:

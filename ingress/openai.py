@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from whalepod.errors import RequestError
-from whalepod.ingress.service import MAX_STOP_IDS, MAX_STOPS, Generation, Options
+from whalepod.ingress.options import MAX_BIASES, MAX_STOP_IDS, MAX_STOPS, Options
+from whalepod.ingress.service import Generation
 from whalepod.model.chat import Message
 
 # Not offered yet, and the values (beside empty ones) that ask for nothing: clients send defaults.
@@ -19,9 +20,6 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
     "suffix": (),
     "logprobs": (),
     "top_logprobs": (),
-    "logit_bias": (),
-    "presence_penalty": (),
-    "frequency_penalty": (),
     "tools": (),
     "tool_choice": ("none", "auto"),
     "response_format": ({"type": "text"},),
@@ -50,6 +48,9 @@ class Thinking(Body):
 _StopText = Annotated[str, Field(min_length=1)]
 _StopTexts = Annotated[list[_StopText], Field(max_length=MAX_STOPS, fail_fast=True)]
 _StopIds = Annotated[list[int], Field(max_length=MAX_STOP_IDS, fail_fast=True)]
+_TokenIds = Annotated[list[int], Field(min_length=1, max_length=MAX_BIASES, fail_fast=True)]
+_TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
 # A body may hold a million wrong entries; the first one is enough to say.
 _Ids = Annotated[list[int], Field(fail_fast=True)]
 
@@ -72,9 +73,14 @@ class Common(Body):
     n: int | None = Field(default=None, ge=1)
     user: str | None = None
     return_token_ids: bool = False
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    logit_bias: dict[_TokenKey, _Bias] | None = Field(default=None, max_length=MAX_BIASES)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    min_tokens: int | None = Field(default=None, ge=0)
+    allowed_token_ids: _TokenIds | None = None
+    banned_token_ids: _TokenIds | None = None
     logprobs: bool | int | None = None
 
     @field_validator(*_NOT_YET, check_fields=False)
@@ -104,6 +110,14 @@ class Common(Body):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
             cache_salt=self.cache_salt or "",
+            min_p=self.min_p or 0.0,
+            min_tokens=self.min_tokens or 0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            logit_bias=tuple((int(k), v) for k, v in (self.logit_bias or {}).items()),
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
+            banned_token_ids=tuple(self.banned_token_ids or ()),
         )
 
 

@@ -13,14 +13,13 @@ from whalepod.engine.client import EngineClient
 from whalepod.engine.request import FinishReason, Request, Sampling, TokenEvent
 from whalepod.errors import NotReady, Overloaded, RequestError, WhalepodError
 from whalepod.ingress.assembler import Assembler, Delta, Finish
+from whalepod.ingress.options import MAX_STOP_IDS, MAX_STOPS, Options, adjust_of, check_ids
 from whalepod.metrics import Metrics, Stopwatch
 from whalepod.model.chat import THINK, Message, ReasoningSplitter, render
 from whalepod.model.shape import ModelConfig
 from whalepod.model.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-MAX_STOPS = 16
-MAX_STOP_IDS = 128
 _LONG_TEXT = 16384
 
 
@@ -30,21 +29,6 @@ class UnknownModel(RequestError):
 
 class EngineFailed(WhalepodError):
     """The engine ended a request without a result; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to generate, with every default already filled in but `max_tokens`."""
-
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    cache_salt: str = ""
 
 
 @dataclass(slots=True)
@@ -124,7 +108,7 @@ class Service:
         if not isinstance(prompt, str):
             if not prompt:
                 raise RequestError("the prompt is empty; send at least one token id", "prompt")
-            self._check_ids(prompt, "prompt")
+            check_ids(prompt, "prompt", self.model.vocab_size)
             return list(prompt)
         if not prompt:
             raise RequestError("the prompt is empty; send at least one character", "prompt")
@@ -175,6 +159,8 @@ class Service:
                 top_p=options.top_p,
                 top_k=options.top_k if 0 < options.top_k < vocabulary else 0,
                 seed=seed % (1 << 63),
+                min_p=options.min_p,
+                adjust=adjust_of(options, self.model),
             ),
             stop_ids=(self.model.eos_token_id, *options.stop_token_ids),
             ignore_eos=options.ignore_eos,
@@ -204,7 +190,7 @@ class Service:
             )
         if len(options.stop_token_ids) > MAX_STOP_IDS:
             raise RequestError(f"stop_token_ids takes at most {MAX_STOP_IDS} ids", "stop_token_ids")
-        self._check_ids(options.stop_token_ids, "stop_token_ids")
+        check_ids(options.stop_token_ids, "stop_token_ids", self.model.vocab_size)
         if options.stop and self.tokenizer is None:
             raise RequestError(
                 "this checkpoint has no tokenizer, so stop strings cannot be found; "
@@ -252,14 +238,6 @@ class Service:
                 param,
             )
         return self.tokenizer
-
-    def _check_ids(self, ids: Sequence[int], param: str) -> None:
-        wrong = next((i for i in ids if not 0 <= i < self.model.vocab_size), None)
-        if wrong is not None:
-            raise RequestError(
-                f"token id {str(wrong)[:20]} is outside the vocabulary, 0 to {self.model.vocab_size - 1}",
-                param,
-            )
 
 
 def _refusal(error: Exception) -> str | None:

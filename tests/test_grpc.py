@@ -11,6 +11,7 @@ import pytest
 from edge import MAX_BYTES, TOKENIZER, Edge, failure_of, with_channel
 from engines import Scripted
 
+from whalepod.engine.request import Adjust
 from whalepod.errors import NotReady, Overloaded
 from whalepod.ingress.grpc import NAME
 from whalepod.protos import inference_pb2 as pb
@@ -47,6 +48,37 @@ def test_completion_whole_and_streamed() -> None:
     assert all(p.finish_reason == pb.FINISH_REASON_UNSPECIFIED for p in parts[:-1])
     assert not any(p.HasField("usage") for p in parts[:-1])
     assert len({p.id for p in parts}) == 1
+
+
+def test_sampling_settings_go_to_the_engine_or_are_refused() -> None:
+    engine = Scripted(IDS)
+    good = pb.Sampling(
+        max_tokens=2, presence_penalty=0.5, frequency_penalty=-1, repetition_penalty=1.5,
+        logit_bias={7: -100}, min_p=0.5, min_tokens=1, allowed_token_ids=[5, 6],
+    )  # fmt: skip
+    bad = {
+        "presence_penalty": pb.Sampling(presence_penalty=3),
+        "repetition_penalty": pb.Sampling(repetition_penalty=0),
+        "min_p": pb.Sampling(min_p=-1),
+        "logit_bias": pb.Sampling(logit_bias={1: 200}),
+        "banned_token_ids": pb.Sampling(banned_token_ids=range(1025)),
+    }
+
+    async def act(servers: Edge, stub: Any) -> dict[str, str]:
+        await stub.Complete(pb.CompleteRequest(text="x", sampling=good))
+        told = {}
+        for name, sampling in bad.items():
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.Complete(pb.CompleteRequest(text="x", sampling=sampling))
+            assert refused.value.code() == Code.INVALID_ARGUMENT
+            told[name] = refused.value.details()
+        return told
+
+    for name, text in with_stub(engine, act).items():
+        assert name in text
+    sampling = engine.requests[0].sampling
+    assert sampling.min_p == 0.5
+    assert sampling.adjust == Adjust(0.5, -1, 1.5, ((7, -100),), (5, 6), (), 1, (1,))
 
 
 def test_salt_goes_to_the_engine_and_cached_tokens_come_back() -> None:

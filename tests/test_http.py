@@ -10,9 +10,11 @@ import httpx
 import pytest
 from engines import Scripted
 
+from whalepod.engine.request import Adjust
 from whalepod.errors import NotReady, Overloaded
 from whalepod.ingress.http import make_app
-from whalepod.ingress.service import Options, Service
+from whalepod.ingress.options import Options
+from whalepod.ingress.service import Service
 from whalepod.metrics import Metrics
 from whalepod.model.shape import ModelConfig
 from whalepod.model.tiny import preset_config
@@ -75,6 +77,16 @@ def test_completion_whole_and_streamed() -> None:
     assert "".join(c["choices"][0]["text"] for c in chunks[:-1]) == TEXT
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"] == found["usage"]
+
+
+def test_sampling_settings_go_to_the_engine() -> None:
+    engine = Scripted(IDS)
+    body = {"presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.5}
+    body |= {"logit_bias": {"7": -100}, "min_p": 0.1, "min_tokens": 1, "banned_token_ids": [9]}
+    ask(engine, (COMPLETIONS, {"prompt": "x", "max_tokens": 2, **body}))
+    sampling = engine.requests[0].sampling
+    assert sampling.min_p == 0.1
+    assert sampling.adjust == Adjust(0.5, -1, 1.5, ((7, -100),), (), (9,), 1, (1,))
 
 
 def test_salt_goes_to_the_engine_and_cached_tokens_come_back() -> None:
@@ -180,7 +192,14 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     (COMPLETIONS, {**GOOD, "stop": ["a"] * 17}, 400, "stop", "16"),
     (COMPLETIONS, {**GOOD, "n": 2}, 400, "n", "1"),
     (COMPLETIONS, {**GOOD, "logprobs": 3}, 400, "logprobs", "not supported yet"),
-    (COMPLETIONS, {**GOOD, "presence_penalty": 0.5}, 400, "presence_penalty", "not supported yet"),
+    (COMPLETIONS, {**GOOD, "presence_penalty": 2.5}, 400, "presence_penalty", "or equal to 2"),
+    (COMPLETIONS, {**GOOD, "min_p": 1.5}, 400, "min_p", "or equal to 1"),
+    (COMPLETIONS, {**GOOD, "repetition_penalty": 0}, 400, "repetition_penalty", "greater than 0"),
+    (COMPLETIONS, {**GOOD, "logit_bias": {"x": 1.0}}, 400, "logit_bias", "pattern"),
+    (COMPLETIONS, {**GOOD, "logit_bias": {"4": 101.0}}, 400, "logit_bias", "or equal to 100"),
+    (COMPLETIONS, {**GOOD, "logit_bias": {"99999": 1.0}}, 400, "logit_bias", "outside the vocab"),
+    (COMPLETIONS, {**GOOD, "allowed_token_ids": []}, 400, "allowed_token_ids", "at least 1"),
+    (COMPLETIONS, {**GOOD, "min_tokens": 99}, 400, "min_tokens", "exceeds max_tokens"),
     (COMPLETIONS, {**GOOD, "colour": "red"}, 400, "colour", "colour is not known here"),
     (COMPLETIONS, {**GOOD, "stream": "yes"}, 400, "stream", "'yes'"),
     (COMPLETIONS, {**GOOD, "seed": "a"}, 400, "seed", "'a'"),

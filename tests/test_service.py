@@ -14,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from whalepod.engine.request import Request, TokenEvent
 from whalepod.errors import NotReady, Overloaded, RequestError
-from whalepod.ingress.service import EngineFailed, Options, Service
+from whalepod.ingress.options import Options
+from whalepod.ingress.service import EngineFailed, Service
 from whalepod.metrics import Metrics
 from whalepod.model.chat import Message
 
