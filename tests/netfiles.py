@@ -198,6 +198,20 @@ def mounts(
         if told.get("readOnly"):
             options = options.replace("rw", "ro")
         found.append((source, target, options))
+    return found + _uncovered([target for _, target, _ in found])
+
+
+def _uncovered(targets: list[str]) -> list[tuple[str, str, str]]:
+    """Mounts that bring the interpreter and this checkout back where a volume hides them.
+
+    A checkout may lie in /tmp, and pods have a /tmp of their own.
+    """
+    found: list[tuple[str, str, str]] = []
+    for wanted in (Path(__file__).parent.parent, sys.prefix, sys.base_prefix):
+        place = Path(wanted).resolve()
+        hidden = any(place.is_relative_to(target) for target in targets)
+        if hidden and not any(place.is_relative_to(target) for _, target, _ in found):
+            found.append((str(place), str(place), "ro"))
     return found
 
 

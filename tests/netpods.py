@@ -39,6 +39,7 @@ $m -t proc proc "$1/proc"
 $m --rbind /dev "$1/dev"
 $m --rbind -o ro /sys "$1/sys"
 while IFS=$'\\t' read -r source target options; do
+    [ -e "$1$target" ] || /bin/mkdir -p "$1$target"
     case $source in
     tmpfs) $m -t tmpfs -o "mode=1777,$options" tmpfs "$1$target" ;;
     *) $m --bind "$source" "$1$target"; $m -o "remount,bind,$options" "$1$target" ;;
