@@ -209,7 +209,10 @@ class Service:
                     finish = _verdict(event)
                     watch.token()
                     usage.completion_tokens += 1
-                    usage.cached_tokens = min(event.cached, usage.prompt_tokens)
+                    if usage.completion_tokens == 1:
+                        usage.cached_tokens = min(event.cached, usage.prompt_tokens)
+                        self.metrics.prefix_queries.inc(usage.prompt_tokens)
+                        self.metrics.prefix_hits.inc(usage.cached_tokens)
                     is_end = finish == "stop" and not request.ignore_eos
                     delta = assembler.push(event.token, finish, is_end)
                     if delta.finish is not None:

@@ -92,9 +92,12 @@ def test_sampling_settings_go_to_the_engine() -> None:
 def test_salt_goes_to_the_engine_and_cached_tokens_come_back() -> None:
     engine = Scripted(IDS)
     engine.cached = 1
-    (reply,) = ask(engine, (COMPLETIONS, {"prompt": "x", "max_tokens": 2, "cache_salt": "me"}))
+    body = {"prompt": "x", "max_tokens": 2, "cache_salt": "me"}
+    reply, metrics = ask(engine, (COMPLETIONS, body), ("/metrics", None))
     assert reply.json()["usage"]["prompt_tokens_details"] == {"cached_tokens": 1}
     assert engine.requests[0].cache_salt == "me"
+    assert 'vllm:prefix_cache_queries_total{model_name="tiny"} 2.0' in metrics.text
+    assert 'vllm:prefix_cache_hits_total{model_name="tiny"} 1.0' in metrics.text
 
 
 def test_chat_splits_reasoning_from_the_answer() -> None:

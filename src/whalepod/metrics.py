@@ -36,6 +36,12 @@ class Metrics:
         )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
+        self.prefix_queries = self._counter(
+            "prefix_cache_queries", "Prompt tokens looked for among known prefixes"
+        )
+        self.prefix_hits = self._counter(
+            "prefix_cache_hits", "Prompt tokens that were known and not computed again"
+        )
         self._success = self._by("request_success", "Requests by how they ended", "finished_reason")
         self._rejections = self._by("admission_rejections", "Requests refused", "reason")
         self.first_token = self._histogram(
