@@ -15,8 +15,10 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
+from whalepod.actors.affinity import PrefixRouter
 from whalepod.actors.client import RayClient
 from whalepod.actors.pools import AttentionReplica, ExpertsReplica, RouterReplica
 from whalepod.actors.ports import bind_to_own_address
@@ -31,6 +33,9 @@ from whalepod.model.shape import ModelConfig
 from whalepod.model.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+# Where blocks of prompts went, remembered by each ingress replica: 16M tokens, about 20 MB.
+_REMEMBERED, _BLOCK_TOKENS = 1 << 17, 128
 
 
 @serve.ingress()
@@ -112,7 +117,19 @@ def build(args: dict[str, Any]) -> Application:
     # A member queues and refuses by itself, with a reason; Serve must not hold requests back.
     many = config.engine.max_queue + config.engine.max_batch + 64
     attention = _pool(
-        AttentionReplica, "attention", topology.attention, config, max_ongoing_requests=many
+        AttentionReplica,
+        "attention",
+        topology.attention,
+        config,
+        max_ongoing_requests=many,
+        request_router_config=RequestRouterConfig(
+            request_router_class=PrefixRouter,
+            request_router_kwargs={
+                "capacity": _REMEMBERED,
+                "busy": config.engine.max_batch,
+                "block_tokens": _BLOCK_TOKENS,
+            },
+        ),
     ).bind(plain)
     pools = []
     if topology.layout == "afd":

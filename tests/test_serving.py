@@ -398,3 +398,18 @@ def test_other_layouts_on_ray(
     served.until(reached, 90)
     assert under_load(served, lambda: None, streams=1, delay_s=0.05) == ours(expected, 1)
     assert under_load(served, lambda: None, delay_s=0.05) == ours(expected)
+    if topology.get("attention") == 2:
+        followed_up(served)
+
+
+def followed_up(served: Served) -> None:
+    """Follow-up requests go to the member that knows their beginning, each of several."""
+    client = client_of(served)
+    for first in range(3, 11):
+        prompt = [first + i % 200 for i in range(300)]
+        for more in ([], [5] * 10, [6] * 20):
+            done = client.completions.create(model="tiny", prompt=prompt + more, max_tokens=1)
+            assert done.usage is not None
+            details = done.usage.prompt_tokens_details
+            known = details.cached_tokens if details else 0
+            assert known == (256 if more else 0), (first, more)
