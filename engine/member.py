@@ -57,8 +57,7 @@ class Member:
         """Load the attention side of `layers`, and open the queue if they start the model."""
         engine = self.config.engine
         blocks = max(1, engine.kv_tokens // 128)
-        snapshots = engine.prefix_snapshots if self.config.topology.stages == 1 else 0
-        slots = engine.max_batch + snapshots
+        slots = engine.max_batch + engine.prefix_snapshots
         stage = self.stage = self.source.stage(layers, slots=slots, blocks=blocks)
         if layers.start:
             self._later = LaterStage(stage)

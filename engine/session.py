@@ -29,7 +29,7 @@ from whalepod.engine.legs import (
 from whalepod.engine.loop import EngineLoop, Plan
 from whalepod.engine.router import Router
 from whalepod.engine.sampler import Drawn, sample
-from whalepod.engine.step import MicroBatch, Step
+from whalepod.engine.step import MicroBatch, Part, Step
 from whalepod.model.batch import Batch
 
 
@@ -81,14 +81,19 @@ def settle(
                 emitted[part.slot] = part.emitted(got)
             wrong = 1 + part.drafts - len(emitted[part.slot]) if part.drafts else 0
             right = len(part.ids) - wrong
-            for rows, snapshot in part.keep:
-                if rows <= right:
-                    stage.cache.copy_slot(part.slot, snapshot)
-                    batch.keep(part.slot, rows, snapshot)
+            keep(stage, batch, part, right)
             batch.commit(part.slot, right)
         if stage.drafter is not None and plan.drafts:
             drafts |= stage.drafter.propose(micro_batch, x_TCD, emitted, plan.drafts)
     return drafts
+
+
+def keep(stage: AttentionStage, batch: Batch, part: Part, right: int) -> None:
+    """Take the snapshots that a part asks for, of its first `right` rows; before its commit."""
+    for rows, snapshot in part.keep:
+        if rows <= right:
+            stage.cache.copy_slot(part.slot, snapshot)
+            batch.keep(part.slot, rows, snapshot)
 
 
 @dataclass(slots=True)
@@ -221,11 +226,14 @@ class LaterStage:
         before = seat.rank_of_stage(seat.stage_index - 1)
         step, x = take_over(fabric, before, stage)
         self._settle(step)
+        restore(stage, step)
         batches = [m.batch(stage.cache.block_tokens, stage.device) for m in step.micro_batches]
         experts = seat.experts(stage, announced)
         x = stage.forward(batches, x, experts)
         for micro_batch, batch in zip(step.micro_batches, batches, strict=True):
             for part in micro_batch.parts:
+                # Nobody reads a snapshot before the first stage has completed the step.
+                keep(stage, batch, part, len(part.ids))
                 self._open[part.slot] = (part.start + len(part.ids), batch)
         if stage.head is None:
             pass_on(fabric, out, step, x, seat.rank_of_stage(seat.stage_index + 1))

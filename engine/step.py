@@ -116,7 +116,7 @@ class Step:
                 [
                     [
                         *(p.slot, p.start, p.ids, p.blocks),
-                        *(p.draw and _plain(p.draw), p.drafts, p.history),
+                        *(p.draw and _plain(p.draw), p.drafts, p.restore, p.keep, p.history),
                     ]
                     for p in m.parts
                 ]
@@ -134,10 +134,11 @@ class Step:
                     tuple(
                         Part(
                             *(slot, start, tuple(ids), tuple(blocks)),
-                            *(draw and _settings(draw), drafts),
-                            history=history and (history[0], tuple(history[1])),
+                            *(draw and _settings(draw), drafts, restore),
+                            tuple((after, snapshot) for after, snapshot in keep),
+                            history and (history[0], tuple(history[1])),
                         )
-                        for slot, start, ids, blocks, draw, drafts, history in parts
+                        for slot, start, ids, blocks, draw, drafts, restore, keep, history in parts
                     )
                 )
                 for parts in json.loads(data)

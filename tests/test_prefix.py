@@ -12,7 +12,7 @@ import torch
 
 from whalepod.config import Config
 from whalepod.engine.blocks import BlockPool
-from whalepod.engine.local import SingleEngine
+from whalepod.engine.local import SingleEngine, ThreadedEngine, open_engine
 from whalepod.engine.payoff import Payoff
 from whalepod.engine.prefix import Node, PrefixCache
 from whalepod.engine.request import Request, Sampling, TokenEvent
@@ -46,7 +46,9 @@ def text(seed: int, length: int) -> list[int]:
     return [rng.randrange(3, 4000) for _ in range(length)]
 
 
-def run(opened: SingleEngine, todo: list[Request]) -> tuple[Output, dict[str, int]]:
+def run(
+    opened: SingleEngine | ThreadedEngine, todo: list[Request]
+) -> tuple[Output, dict[str, int]]:
     out: Output = {}
     cached: dict[str, int] = {}
     with torch.inference_mode():
@@ -122,6 +124,33 @@ def test_salts_share_nothing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "topology",
+    [{"layout": "ep"}, {"experts": 2}, {"stages": 2, "experts": 1}, {"stages": 3, "experts": 2}],
+    ids=str,
+)
+def test_every_layout_goes_on_from_what_is_known(topology: dict[str, Any]) -> None:
+    shared = text(8, 2 * BLOCK)
+    turns = [[*shared, *text(9, 40)], [*shared, *text(10, 150)], [*shared, *text(10, 290)]]
+    wanted, _ = run(engine(prefix_snapshots=0), [request(f"{i}", t) for i, t in enumerate(turns)])
+    with torch.inference_mode():
+        config = Config.from_dict(
+            {
+                "model": {"path": str(MODEL)},
+                "topology": topology,
+                "engine": {"max_batch": 2, "kv_tokens": 2048, "max_step_tokens": 200},
+            }
+        )
+        opened = open_engine(config, Source(config.model, Checkpoint.open(MODEL)))
+        try:
+            for i, ids in enumerate(turns):
+                found, cached = run(opened, [request(f"{i}", ids)])
+                assert found[f"{i}"] == wanted[f"{i}"], i
+                assert cached[f"{i}"] == (0, 2 * BLOCK, 3 * BLOCK)[i]
+        finally:
+            opened.close()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_random_programs_give_what_a_fresh_engine_gives(
     seed: int, monkeypatch: pytest.MonkeyPatch
