@@ -5,6 +5,9 @@ a prefix a sequence also needs the rings as they were there (raw window keys, op
 so a hit ends at a block that has a snapshot; what follows is computed again, to the same bits.
 
 Snapshots are spare slots of the rings. Trees of different salts share nothing.
+
+Room is made by cost (GreedyDual): what would take the fewest tokens to compute again goes first,
+and everything ages as others go, so that what is never used again goes too.
 """
 
 from __future__ import annotations
@@ -18,7 +21,11 @@ from whalepod.engine.blocks import BlockPool
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One block of tokens after its parent's. `refs` counts the running sequences that hold it."""
+    """One block of tokens after its parent's. `refs` counts the running sequences that hold it.
+
+    `cost` is how many tokens lie between its snapshot and the one before, 0 without a snapshot;
+    `worth` is the cost above what the cheapest had when this was last used.
+    """
 
     parent: Node | None
     key: tuple[int, ...]
@@ -27,6 +34,13 @@ class Node:
     refs: int = 0
     used: int = 0
     snapshot: int = -1
+    cost: int = 0
+    worth: int = 0
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """What goes first is lowest; among equals the least recently used."""
+        return self.worth, self.used
 
 
 class PrefixCache:
@@ -45,7 +59,7 @@ class PrefixCache:
         self._roots: dict[str, Node] = {}
         self._nodes: set[Node] = set()
         self._idle = 0
-        self._clock = 0
+        self._clock = self._level = 0
 
     @property
     def idle(self) -> int:
@@ -73,7 +87,7 @@ class PrefixCache:
         for node in nodes:
             self._idle -= node.refs == 0
             node.refs += 1
-            node.used = self._clock
+            node.used, node.worth = self._clock, self._level + node.cost
 
     def release(self, nodes: list[Node]) -> None:
         """It no longer does; empties the list."""
@@ -103,9 +117,11 @@ class PrefixCache:
             self._free.append(snapshot)
         else:
             node.snapshot = snapshot
+            node.cost = self._cost(node)
+            node.worth = self._level + node.cost
 
     def reserve(self, pinned: Collection[int]) -> int:
-        """A slot for a snapshot, from the least recently used one if need be; -1: none.
+        """A slot for a snapshot, from the cheapest to do without if need be; -1: none.
 
         Args:
             pinned: snapshots that a coming step still reads.
@@ -114,9 +130,10 @@ class PrefixCache:
             owners = [n for n in self._nodes if n.snapshot >= 0 and n.snapshot not in pinned]
             if not owners:
                 return -1
-            oldest = min(owners, key=lambda n: n.used)
-            self._free.append(oldest.snapshot)
-            oldest.snapshot = -1
+            cheapest = min(owners, key=lambda n: n.rank)
+            self._level = max(self._level, cheapest.worth)
+            self._free.append(cheapest.snapshot)
+            cheapest.snapshot, cheapest.cost = -1, 0
         return self._free.pop()
 
     def give_back(self, snapshots: list[int]) -> None:
@@ -125,14 +142,27 @@ class PrefixCache:
         snapshots.clear()
 
     def evict(self, count: int) -> None:
-        """Free up to `count` idle blocks, the least recently used ends of the tree first."""
+        """Free up to `count` idle blocks, the cheapest ends of the tree first.
+
+        An end without a snapshot is of no use to anybody, so it goes before all others.
+        """
         while count > 0:
-            ends = sorted(self._ends(), key=lambda n: n.used)[:count]
+            ends = sorted(self._ends(), key=lambda n: n.rank)
             if not ends:
                 return
+            # Ends with a snapshot go one at a time: what is above one may be without.
+            ends = [n for n in ends if n.snapshot < 0][:count] or ends[:1]
             for node in ends:
+                self._level = max(self._level, node.worth if node.snapshot >= 0 else 0)
                 self._remove(node)
             count -= len(ends)
+
+    def _cost(self, node: Node) -> int:
+        """Tokens from the snapshot before this block's end to there."""
+        blocks, above = 1, node.parent
+        while above is not None and above.parent is not None and above.snapshot < 0:
+            blocks, above = blocks + 1, above.parent
+        return blocks * self.block_tokens
 
     def _ends(self) -> Iterator[Node]:
         return (n for n in self._nodes if not n.refs and not n.children)

@@ -237,3 +237,37 @@ def test_snapshots_go_to_the_recently_used_but_never_from_under_a_reader() -> No
     assert one.snapshot == -1
     cache.give_back([taken])
     assert cache.reserve({kept}) == taken
+
+
+def test_the_snapshot_that_saves_least_goes_first_and_age_wins_in_the_end() -> None:
+    cache = PrefixCache(BlockPool(64), [7, 8, 9], 2)
+    long, short = path(cache, 1, 2, 3, 4, 5), path(cache, 9)
+    cache.attach(long[4], cache.reserve(()))  # five blocks would have to be computed again
+    cache.attach(short[0], cache.reserve(()))  # one
+    cache.attach(long[0], cache.reserve(()))  # one
+    cache.hold(short)
+    cache.hold(long[:1])  # both used since the long one
+    cache.give_back([cache.reserve(())])
+    assert short[0].snapshot == -1
+    assert min(long[4].snapshot, long[0].snapshot) >= 0
+    # Others come and go; each takes the level up by what it cost, until the long one is lowest.
+    for key in range(20, 40):
+        (node,) = path(cache, key)
+        cache.attach(node, cache.reserve(()))
+    assert long[4].snapshot == -1
+
+
+def test_blocks_without_a_snapshot_go_before_any_with_one() -> None:
+    cache = PrefixCache(BlockPool(4), [8, 9], 2)
+    other, kept = path(cache, 7), path(cache, 1)
+    for nodes in (other, kept):
+        cache.attach(nodes[0], cache.reserve(()))
+    cache.give_back([cache.reserve(())])  # the other's, as old as what is kept is worth
+    tail = path(cache, 2, 3)
+    for nodes in (other, kept, tail):
+        cache.release(nodes)
+    cache.evict(3)
+    assert cache.match([2, 2, 0], "") == cache.match([7, 7, 0], "") == []
+    assert len(cache.match([1, 1, 0], "")) == 1
+    cache.evict(1)
+    assert cache.match([1, 1, 0], "") == []
