@@ -7,7 +7,7 @@ from typing import Literal
 
 from whalepod.engine.prefix import Node
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "deadline"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,9 @@ class Request:
         emitted: tokens a former member has already emitted for this request. They are
             prefilled with the prompt and not emitted again; `max_tokens` counts them.
         cache_salt: computed prefixes are shared among requests of the same salt only.
+        priority: the lowest number goes first; order of arrival decides among equals.
+        timeout_s: seconds from submission after which the request ends, done or not.
+        replayed: a former member had taken it in, so the limits of a queue do not apply.
     """
 
     id: str
@@ -72,6 +75,9 @@ class Request:
     ignore_eos: bool = False
     emitted: tuple[int, ...] = ()
     cache_salt: str = ""
+    priority: int = 0
+    timeout_s: float | None = None
+    replayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +86,12 @@ class TokenEvent:
 
     `index` counts generated tokens from 0 (replayed ones included), so a consumer can
     drop what it has already seen. `finish` is set on the last event of a request.
-    `token` is -1 on an event that only ends the request (`abort`, `error`). `cached` is how many
-    prompt tokens were not computed because an earlier request had left them.
+    `token` is -1 on an event that only ends the request (`abort`, `error`, `deadline`). `cached` is
+    how many prompt tokens were not computed because an earlier request had left them.
+
+    To be added up over a request's events: `drafted` guesses were verified for this token and those
+    that came with it, `accepted` is 1 where the token had been guessed, `preempted` times it gave
+    its room back before, and `queued_s` is how long it had waited to be computed at first.
     """
 
     request_id: str
@@ -91,6 +101,20 @@ class TokenEvent:
     finish: FinishReason | None = None
     error: str | None = None
     cached: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    preempted: int = 0
+    queued_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the next event of a sequence says beside its token; see `TokenEvent`."""
+
+    drafted: int = 0
+    accepted: int = 0
+    preempted: int = 0
+    queued_s: float = 0.0
 
 
 class Sequence:
@@ -98,25 +122,35 @@ class Sequence:
 
     `computed` tokens are in the cache; the sequence decodes when one token is not. Tokens beyond
     the prompt are those generated here or replayed from a former member.
+
+    Args:
+        request: what to do.
+        now: when it was submitted, by `time.monotonic`.
     """
 
     __slots__ = (
+        "arrived",
+        "begun",
         "blocks",
         "branch",
         "cached",
-        "cancelled",
         "computed",
+        "deadline",
+        "displaced",
         "drafts",
         "finished",
         "kept",
         "nodes",
         "request",
         "restore",
+        "served",
         "slot",
+        "submitted",
+        "tally",
         "tokens",
     )
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, now: float = 0.0) -> None:
         self.request = request
         self.tokens = [*request.prompt_ids, *request.emitted]
         self.computed = 0
@@ -128,7 +162,12 @@ class Sequence:
         self.kept: list[tuple[int, int]] = []
         self.slot = -1
         self.blocks: list[int] = []
-        self.cancelled = False
+        # Its place in the order of arrival, the step that last computed some of it, and how often
+        # a request of better priority has taken its room.
+        self.arrived = self.served = self.displaced = 0
+        self.submitted, self.begun = now, False
+        self.deadline = None if request.timeout_s is None else now + request.timeout_s
+        self.tally = Tally()
         self.finished: FinishReason | None = None
 
     @property
@@ -156,4 +195,8 @@ class Sequence:
             self.finished = "stop"
         elif self.generated >= request.max_tokens:
             self.finished = "length"
-        return TokenEvent(request.id, index, token, logprob, self.finished, None, self.cached)
+        tally, self.tally = self.tally, Tally()
+        return TokenEvent(
+            *(request.id, index, token, logprob, self.finished, None, self.cached),
+            *(tally.drafted, tally.accepted, tally.preempted, tally.queued_s),
+        )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from whalepod.engine.client import EngineClient
 from whalepod.engine.request import FinishReason, Request, Sampling, TokenEvent
-from whalepod.errors import NotReady, Overloaded, RequestError, WhalepodError
+from whalepod.errors import DeadlineExceeded, NotReady, Overloaded, RequestError, WhalepodError
 from whalepod.ingress.assembler import Assembler, Delta, Finish
 from whalepod.ingress.options import MAX_STOP_IDS, MAX_STOPS, Options, adjust_of, check_ids
 from whalepod.metrics import Metrics, Stopwatch
@@ -250,6 +250,8 @@ def _refusal(error: Exception) -> str | None:
 
 def _verdict(event: TokenEvent) -> Finish | None:
     finish: FinishReason | None = event.finish
+    if finish == "deadline":
+        raise DeadlineExceeded(event.error or "the request's time is over")
     if finish == "error" or finish == "abort":
         raise EngineFailed(event.error or "the engine gave the request up; send it again")
     return finish

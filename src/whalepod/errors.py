@@ -5,6 +5,7 @@ WhalepodError
 ├── CheckpointError      a tensor is missing, misshapen, truncated or of an unknown dtype
 ├── RequestError         one request is wrong; it is answered with 4xx / INVALID_ARGUMENT
 ├── Overloaded           the queue is full; answered with 429 / RESOURCE_EXHAUSTED
+├── DeadlineExceeded     the request's time is over; answered with 504 / DEADLINE_EXCEEDED
 ├── NotReady             no epoch is serving yet; answered with 503 / UNAVAILABLE
 ├── KernelUnavailable    the asked-for kernel cannot run here
 ├── OutOfBlocks          the KV pool is full; the scheduler preempts, the user never sees it
@@ -42,6 +43,10 @@ class Overloaded(WhalepodError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(WhalepodError):
+    """A request was not done within the time its sender gave it; what it held is free."""
 
 
 class NotReady(WhalepodError):
