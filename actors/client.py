@@ -43,11 +43,14 @@ class RayClient:
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """See `EngineClient.generate`."""
         emitted, attempt = list(request.emitted), 0
-        deadline = time.monotonic() + self._patience_s
+        deadline, begun = time.monotonic() + self._patience_s, time.monotonic()
         while True:
             # A name of its own for every attempt: the end of one must not cancel the next.
             name = f"{request.id}.{attempt}" if attempt else request.id
-            again = dataclasses.replace(request, id=name, emitted=tuple(emitted))
+            left = request.timeout_s and max(0.0, request.timeout_s - time.monotonic() + begun)
+            again = dataclasses.replace(
+                request, id=name, emitted=tuple(emitted), timeout_s=left, replayed=attempt > 0
+            )
             stream = self._attention.remote(again)
             try:
                 async for item in stream:

@@ -18,7 +18,7 @@ class EngineClient(Protocol):
 
         Raises:
             RequestError: the request can never fit (longer than the context).
-            Overloaded: the queue is full.
+            Overloaded: the queue is full; it says when to come back.
             NotReady: nothing serves now and the wait for it ran out.
         """
         ...

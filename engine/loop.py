@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from whalepod.engine.admission import Limits, Pace
 from whalepod.engine.payoff import Payoff
 from whalepod.engine.request import Request, Sequence, TokenEvent
 from whalepod.engine.sampler import Drawn
 from whalepod.engine.scheduler import Scheduler
 from whalepod.engine.step import Part, Step, split
-from whalepod.errors import Overloaded, RequestError
+from whalepod.errors import RequestError
 
 
 @dataclass(slots=True)
@@ -68,16 +69,22 @@ class EngineLoop:
         *,
         max_queue: int,
         max_context: int,
+        max_queue_tokens: int = 1 << 20,
         draft_tokens: int = 0,
     ) -> None:
         self.scheduler, self.emit = scheduler, emit
-        self.max_queue, self.max_context = max_queue, max_context
+        self.limits, self.pace = Limits(max_queue, max_queue_tokens), Pace()
+        self.max_context = max_context
         self.wake = threading.Event()
         self.ring: Callable[[], None] = lambda: None
         self.counters = Counters()
         self.payoff = Payoff(draft_tokens)
-        self._inbox: deque[Request | str] = deque()
+        self._inbox: deque[Sequence | str] = deque()
         self._live: dict[str, Sequence] = {}
+        self._timed: dict[str, Sequence] = {}
+        # Since when there has been work without a break, and how many requests have ended in it.
+        self._since: float | None = None
+        self._ended = 0
 
     @property
     def load(self) -> int:
@@ -89,6 +96,19 @@ class EngineLoop:
         """Whether there is anything to do."""
         return bool(self._inbox) or self.scheduler.busy
 
+    @property
+    def waiting(self) -> int:
+        """Requests that no slot is free for."""
+        scheduler = self.scheduler
+        return max(0, len(scheduler.waiting) + len(self._inbox) - scheduler.slots.free)
+
+    @property
+    def backlog(self) -> int:
+        """Tokens of prompts that are not computed yet."""
+        new = [item for item in list(self._inbox) if isinstance(item, Sequence)]
+        known = [*self.scheduler.waiting, *self.scheduler.running]
+        return sum(s.pending for s in (*new, *known) if s.pending > 1)
+
     def check(self, request: Request) -> None:
         """Raise RequestError or Overloaded if this request cannot be taken."""
         total = len(request.prompt_ids) + request.max_tokens
@@ -99,15 +119,13 @@ class EngineLoop:
                 f"= {total} exceed the context of {room}; shorten one of them",
                 "max_tokens",
             )
-        if self.load >= self.max_queue:
-            raise Overloaded(
-                f"{self.load} requests wait or run and the limit is {self.max_queue}", 1.0
-            )
+        if not request.replayed:
+            self.limits.check(self.waiting, self.backlog, len(request.prompt_ids), self.pace)
 
     def submit(self, request: Request) -> None:
         """Queue a request; from any thread. Raises what `check` raises."""
         self.check(request)
-        self._inbox.append(request)
+        self._inbox.append(Sequence(request, time.monotonic()))
         self.wake.set()
         self.ring()
 
@@ -123,12 +141,18 @@ class EngineLoop:
             micro_batches: split it into at most this many.
             least_rows: but not into smaller ones than this on average.
         """
+        now = time.monotonic()
         self._take_in()
+        self._expire(now)
         running = len(self.scheduler.running)
         self.scheduler.drafts = drafts = self.payoff.choose(running)
         planned = self.scheduler.plan()
         if not planned:
+            self._since = None
             return None
+        self._since = now if self._since is None else self._since
+        for sequence in (s for s, _ in planned if not s.begun):
+            sequence.tally.queued_s = now - sequence.submitted
         parts = [part for _, part in planned]
         rows = sum(len(part.ids) for part in parts)
         return Plan(split(parts, min(micro_batches, rows // least_rows)), planned, running, drafts)
@@ -149,6 +173,7 @@ class EngineLoop:
             emitted[part.slot] = got[: len(part.emitted([d.token for d in got]))]
             self.counters.drafted += part.drafts
             self.counters.accepted += len(emitted[part.slot]) - 1
+            plan.by_slot[part.slot].tally.drafted = part.drafts
         self.scheduler.advance(plan.planned, {slot: len(e) - 1 for slot, e in emitted.items()})
         for slot, made in emitted.items():
             sequence = plan.by_slot[slot]
@@ -156,12 +181,14 @@ class EngineLoop:
             self._accept(sequence, made)
         self.counters.steps += 1
         self.counters.tokens += plan.step.tokens
+        self._measure(sum(len(p.ids) for _, p in plan.planned if len(p.ids) > 1 + p.drafts))
         if plan.decodes:
             took, count = time.perf_counter() - plan.begun, self.counters.generated - before
             self.payoff.learn(plan.running, plan.verifies, took, count)
 
     def _accept(self, sequence: Sequence, drawn: list[Drawn]) -> None:
-        for got in drawn:
+        for i, got in enumerate(drawn):
+            sequence.tally.accepted = int(i + 1 < len(drawn))
             event = sequence.accept(got.token, got.logprob)
             self.counters.generated += 1
             if event.finish is not None:
@@ -180,18 +207,37 @@ class EngineLoop:
     def _take_in(self) -> None:
         while self._inbox:
             item = self._inbox.popleft()
-            if isinstance(item, Request):
-                sequence = self._live[item.id] = Sequence(item)
-                self.scheduler.add(sequence)
+            if isinstance(item, Sequence):
+                self._live[item.request.id] = item
+                if item.deadline is not None:
+                    self._timed[item.request.id] = item
+                self.scheduler.add(item)
             elif item in self._live:
                 sequence = self._live[item]
                 self._forget(sequence)
                 self.emit(_end(sequence, "abort", None))
 
+    def _expire(self, now: float) -> None:
+        """End what is past its deadline, whether it waits or runs."""
+        late = [s for s in self._timed.values() if s.deadline is not None and now > s.deadline]
+        for sequence in late:
+            self._forget(sequence)
+            said = f"not done within {sequence.request.timeout_s:g} s of its submission"
+            self.emit(_end(sequence, "deadline", said))
+
+    def _measure(self, prompt_tokens: int) -> None:
+        now = time.monotonic()
+        self.pace.learn(now - (self._since or now), self._ended, prompt_tokens)
+        self._since, self._ended = now if self.busy else None, 0
+
     def _forget(self, sequence: Sequence) -> None:
         self._live.pop(sequence.request.id, None)
+        self._timed.pop(sequence.request.id, None)
+        self._ended += 1
         self.scheduler.drop(sequence)
 
 
-def _end(sequence: Sequence, finish: Literal["abort", "error"], reason: str | None) -> TokenEvent:
+def _end(
+    sequence: Sequence, finish: Literal["abort", "error", "deadline"], reason: str | None
+) -> TokenEvent:
     return TokenEvent(sequence.request.id, sequence.generated, -1, 0.0, finish, reason)

@@ -73,6 +73,7 @@ class Member:
             scheduler,
             self._emit,
             max_queue=engine.max_queue,
+            max_queue_tokens=engine.max_queue_tokens,
             max_context=context_limit(self.config, self.model),
             draft_tokens=engine.draft_tokens,
         )

@@ -17,7 +17,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from whalepod.errors import ConfigError, NotReady, Overloaded, RequestError
+from whalepod.errors import ConfigError, DeadlineExceeded, NotReady, Overloaded, RequestError
 from whalepod.ingress.messages import (
     chat_of,
     completion_of,
@@ -36,6 +36,8 @@ NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _READY_S = 0.5
 # Above the limit there is an answer with a sentence; far above it the transport refuses.
 _TRANSPORT_FACTOR = 4
+# Longer than anybody waits: some clients send such a deadline for none.
+_NO_DEADLINE_S = 1e8
 
 
 class Servicer(pb_grpc.InferenceServicer):
@@ -46,23 +48,23 @@ class Servicer(pb_grpc.InferenceServicer):
 
     async def Complete(self, request: Any, context: Any) -> Any:
         """One message when all is done."""
-        async with aclosing(_guarded(self._complete(request), context)) as parts:
+        async with aclosing(_guarded(self._complete(request, context), context)) as parts:
             return await sum_up(parts, pb.CompleteResponse())
 
     async def CompleteStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Messages as text comes."""
-        async with aclosing(_guarded(self._complete(request), context)) as parts:
+        async with aclosing(_guarded(self._complete(request, context), context)) as parts:
             async for part in parts:
                 yield part
 
     async def Chat(self, request: Any, context: Any) -> Any:
         """One message when all is done."""
-        async with aclosing(_guarded(self._chat(request), context)) as parts:
+        async with aclosing(_guarded(self._chat(request, context), context)) as parts:
             return await sum_up(parts, pb.ChatResponse())
 
     async def ChatStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Messages as text comes."""
-        async with aclosing(_guarded(self._chat(request), context)) as parts:
+        async with aclosing(_guarded(self._chat(request, context), context)) as parts:
             async for part in parts:
                 yield part
 
@@ -73,24 +75,24 @@ class Servicer(pb_grpc.InferenceServicer):
         model = pb.Model(id=self._service.model_name, max_context=self._service.max_context)
         return pb.ListModelsResponse(models=[model])
 
-    async def _complete(self, request: Any) -> AsyncGenerator[Any, None]:
+    async def _complete(self, request: Any, context: Any) -> AsyncGenerator[Any, None]:
         service = self._service
         with service.admission():
             _check_readable(request)
             service.check_model(request.model)
-            options = options_of(request)
+            options = options_of(request, time_left(context))
             ids = await service.encode_prompt(prompt_of(request))
             generation = service.complete(ids, options)
         async with aclosing(generation.deltas) as deltas:
             async for delta in deltas:
                 yield completion_of(delta, generation)
 
-    async def _chat(self, request: Any) -> AsyncGenerator[Any, None]:
+    async def _chat(self, request: Any, context: Any) -> AsyncGenerator[Any, None]:
         service = self._service
         with service.admission():
             _check_readable(request)
             service.check_model(request.model)
-            options = options_of(request)
+            options = options_of(request, time_left(context))
             thinking = request.thinking if request.HasField("thinking") else self._thinking
             ids = await service.encode_chat([message_of(m) for m in request.messages], thinking)
             generation = service.chat(ids, options)
@@ -114,8 +116,20 @@ async def _abort(context: Any, error: Exception) -> None:
     if code is grpc.StatusCode.INTERNAL:
         log.exception("an RPC failed")
     if isinstance(error, Overloaded):
-        context.set_trailing_metadata((("retry-after", str(math.ceil(error.retry_after_s))),))
+        context.set_trailing_metadata(_come_back(error.retry_after_s))
     await context.abort(code, text)
+
+
+def time_left(context: Any) -> float | None:
+    """Seconds to the deadline that the client set, None where it set none."""
+    left: float | None = context.time_remaining()
+    return left if left is not None and left < _NO_DEADLINE_S else None
+
+
+def _come_back(seconds: float) -> tuple[tuple[str, str], ...]:
+    """When to send again: in HTTP's words, and in those that gRPC's own retries listen to."""
+    pushback = ("grpc-retry-pushback-ms", str(math.ceil(seconds * 1000)))
+    return ("retry-after", str(math.ceil(seconds))), pushback
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
@@ -127,6 +141,8 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
         return grpc.StatusCode.INVALID_ARGUMENT, f"{where}{error}"
     if isinstance(error, Overloaded):
         return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
+    if isinstance(error, DeadlineExceeded):
+        return grpc.StatusCode.DEADLINE_EXCEEDED, str(error)
     if isinstance(error, (NotReady, EngineFailed)):
         return grpc.StatusCode.UNAVAILABLE, str(error)
     text = f"the server failed ({type(error).__name__}); the fault is in its log"

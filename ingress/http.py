@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from whalepod import __version__
-from whalepod.errors import NotReady, Overloaded, RequestError
+from whalepod.errors import DeadlineExceeded, NotReady, Overloaded, RequestError
 from whalepod.ingress.body import BodyLimit
 from whalepod.ingress.openai import ChatBody, CompletionBody, error_body, parse
 from whalepod.ingress.replies import ChatReply, CompletionReply, Reply
@@ -119,7 +119,15 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(*describe(error))
 
     # The handler of Exception also has the server log the traceback.
-    for kind in (RequestError, Overloaded, NotReady, EngineFailed, ClientGone, Exception):
+    for kind in (
+        RequestError,
+        Overloaded,
+        DeadlineExceeded,
+        NotReady,
+        EngineFailed,
+        ClientGone,
+        Exception,
+    ):
         app.add_exception_handler(kind, refused)
 
     async def unrouted(request: Request, error: Exception) -> Response:
@@ -142,6 +150,10 @@ def describe(error: Exception) -> tuple[dict[str, Any], int, dict[str, str]]:
     if isinstance(error, Overloaded):
         retry = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
         return error_body(str(error), "rate_limit_error", code="overloaded"), 429, retry
+    if isinstance(error, DeadlineExceeded):
+        # Clients send again by themselves after 5xx, but this one's sender has stopped waiting.
+        retry = {"x-should-retry": "false"}
+        return error_body(str(error), "timeout_error", "timeout", "deadline_exceeded"), 504, retry
     if isinstance(error, (NotReady, EngineFailed)):
         code = "not_ready" if isinstance(error, NotReady) else "engine_failed"
         return error_body(str(error), "server_error", code=code), 503, {"retry-after": "1"}

@@ -26,8 +26,14 @@ def field_name(param: str) -> str:
     return _FIELDS.get(param, param)
 
 
-def options_of(request: pb.CompleteRequest | pb.ChatRequest) -> Options:
-    """Settings with defaults filled in. Raises RequestError on what is out of range."""
+def options_of(
+    request: pb.CompleteRequest | pb.ChatRequest, timeout_s: float | None = None
+) -> Options:
+    """Settings with defaults filled in. Raises RequestError on what is out of range.
+
+    Args:
+        timeout_s: what is left of the RPC's deadline, if it has one.
+    """
     sampling = request.sampling
 
     def given(name: str, default: Any) -> Any:
@@ -51,6 +57,8 @@ def options_of(request: pb.CompleteRequest | pb.ChatRequest) -> Options:
         logit_bias=tuple(sampling.logit_bias.items()),
         allowed_token_ids=tuple(sampling.allowed_token_ids),
         banned_token_ids=tuple(sampling.banned_token_ids),
+        priority=request.priority,
+        timeout_s=timeout_s,
     )
     _check_ranges(options)
     if not 0 <= options.temperature <= 2:
@@ -122,6 +130,8 @@ def _common(delta: Delta, generation: Generation) -> dict[str, Any]:
             prompt_tokens=used.prompt_tokens,
             completion_tokens=used.completion_tokens,
             cached_tokens=used.cached_tokens,
+            accepted_prediction_tokens=used.accepted_tokens,
+            rejected_prediction_tokens=used.drafted_tokens - used.accepted_tokens,
         )
     return fields
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from whalepod.errors import RequestError
-from whalepod.ingress.options import MAX_BIASES, MAX_STOP_IDS, MAX_STOPS, Options
+from whalepod.ingress.options import MAX_BIASES, MAX_STOP_IDS, MAX_STOPS, PRIORITIES, Options
 from whalepod.ingress.service import Generation
 from whalepod.model.chat import Message
 
@@ -82,6 +82,8 @@ class Common(Body):
     allowed_token_ids: _TokenIds | None = None
     banned_token_ids: _TokenIds | None = None
     logprobs: bool | int | None = None
+    priority: int | None = Field(default=None, ge=PRIORITIES[0], le=PRIORITIES[1])
+    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @field_validator(*_NOT_YET, check_fields=False)
     @classmethod
@@ -118,6 +120,8 @@ class Common(Body):
             logit_bias=tuple((int(k), v) for k, v in (self.logit_bias or {}).items()),
             allowed_token_ids=tuple(self.allowed_token_ids or ()),
             banned_token_ids=tuple(self.banned_token_ids or ()),
+            priority=self.priority or 0,
+            timeout_s=self.timeout,
         )
 
 
@@ -253,6 +257,10 @@ def usage(generation: Generation) -> dict[str, Any]:
         "completion_tokens": used.completion_tokens,
         "total_tokens": used.total_tokens,
         "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": used.accepted_tokens,
+            "rejected_prediction_tokens": used.drafted_tokens - used.accepted_tokens,
+        },
     }
 
 

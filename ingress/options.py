@@ -13,6 +13,8 @@ MAX_STOPS = 16
 MAX_STOP_IDS = 128
 # OpenAI's limit of logit_bias; of allowed and banned ids too.
 MAX_BIASES = 1024
+# Priorities are 32-bit integers in every protocol.
+PRIORITIES = (-(1 << 31), (1 << 31) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ class Options:
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
     banned_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    timeout_s: float | None = None
 
 
 def adjust_of(options: Options, model: ModelConfig) -> Adjust | None:

@@ -13,6 +13,7 @@ from whalepod.engine.client import EngineClient
 from whalepod.engine.request import FinishReason, Request, Sampling, TokenEvent
 from whalepod.errors import DeadlineExceeded, NotReady, Overloaded, RequestError, WhalepodError
 from whalepod.ingress.assembler import Assembler, Delta, Finish
+from whalepod.ingress.deadline import within
 from whalepod.ingress.options import MAX_STOP_IDS, MAX_STOPS, Options, adjust_of, check_ids
 from whalepod.metrics import Metrics, Stopwatch
 from whalepod.model.chat import THINK, Message, ReasoningSplitter, render
@@ -33,16 +34,26 @@ class EngineFailed(WhalepodError):
 
 @dataclass(slots=True)
 class Usage:
-    """Token counts of one request."""
+    """Token counts of one request; of `drafted_tokens` guesses, `accepted_tokens` are in the answer."""
 
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
         """Both together."""
         return self.prompt_tokens + self.completion_tokens
+
+    def add(self, event: TokenEvent) -> None:
+        """Count one more token."""
+        if not self.completion_tokens:
+            self.cached_tokens = min(event.cached, self.prompt_tokens)
+        self.completion_tokens += 1
+        self.drafted_tokens += event.drafted
+        self.accepted_tokens += event.accepted
 
 
 @dataclass(slots=True)
@@ -165,6 +176,8 @@ class Service:
             stop_ids=(self.model.eos_token_id, *options.stop_token_ids),
             ignore_eos=options.ignore_eos,
             cache_salt=options.cache_salt,
+            priority=options.priority,
+            timeout_s=options.timeout_s,
         )
 
     def _budget(self, prompt_tokens: int, wanted: int | None) -> int:
@@ -204,13 +217,18 @@ class Service:
         watch = Stopwatch(self.metrics, usage.prompt_tokens)
         reason, refusal = "abort", None
         try:
-            async with aclosing(self.client.generate(request)) as events:
+            events = within(self.client.generate(request), request.timeout_s)
+            async with aclosing(events):
                 async for event in events:
                     finish = _verdict(event)
-                    watch.token()
-                    usage.completion_tokens += 1
+                    usage.add(event)
+                    watch.token(
+                        queued_s=event.queued_s,
+                        preempted=event.preempted,
+                        drafted=event.drafted,
+                        accepted=event.accepted,
+                    )
                     if usage.completion_tokens == 1:
-                        usage.cached_tokens = min(event.cached, usage.prompt_tokens)
                         self.metrics.prefix_queries.inc(usage.prompt_tokens)
                         self.metrics.prefix_hits.inc(usage.cached_tokens)
                     is_end = finish == "stop" and not request.ignore_eos
@@ -224,6 +242,9 @@ class Service:
             # The engine is let go before the last delta is out, however slow the client.
             reason = delta.finish
             yield delta
+        except DeadlineExceeded:
+            reason = "deadline"
+            raise
         except Exception as error:
             reason, refusal = "error", None if watch.tokens else _refusal(error)
             raise
@@ -251,7 +272,7 @@ def _refusal(error: Exception) -> str | None:
 def _verdict(event: TokenEvent) -> Finish | None:
     finish: FinishReason | None = event.finish
     if finish == "deadline":
-        raise DeadlineExceeded(event.error or "the request's time is over")
+        raise DeadlineExceeded(event.error or "the request's time was over")
     if finish == "error" or finish == "abort":
         raise EngineFailed(event.error or "the engine gave the request up; send it again")
     return finish

@@ -221,10 +221,10 @@ def test_a_request_beyond_the_cache_is_refused() -> None:
 
 
 def test_a_full_queue_refuses_until_a_request_ends() -> None:
-    harness = Harness(slots=1, max_queue=2)
+    harness = Harness(slots=1, max_queue=1)
     harness.loop.submit(ask("a", tokens=1))
     harness.loop.submit(ask("b"))
-    with pytest.raises(Overloaded, match="the limit is 2") as refused:
+    with pytest.raises(Overloaded, match="1 requests wait and the limit is 1") as refused:
         harness.loop.submit(ask("c"))
     assert refused.value.retry_after_s > 0
     harness.step()

@@ -75,6 +75,9 @@ class Engine(Section):
 
     max_batch: int = Field(default=32, ge=1, description="requests that run at once per member")
     max_queue: int = Field(default=1024, ge=1, description="requests that may wait per member")
+    max_queue_tokens: int = Field(
+        default=1 << 20, ge=1, description="prompt tokens that may wait to be computed per member"
+    )
     max_step_tokens: int = Field(default=512, ge=1, description="tokens in one forward pass")
     max_context: int | None = Field(
         default=None,

@@ -56,13 +56,29 @@ class Metrics:
         self.whole = self._histogram(
             "e2e_request_latency_seconds", "From arrival to the last token", _E2E
         )
+        self.queue_time = self._histogram(
+            "request_queue_time_seconds", "From submission to the first rows in a step", _E2E
+        )
+        self.prefill_time = self._histogram(
+            "request_prefill_time_seconds", "From the first rows in a step to the first token", _E2E
+        )
+        self.decode_time = self._histogram(
+            "request_decode_time_seconds", "From the first token to the last", _E2E
+        )
+        self.preemptions = self._counter(
+            "num_preemptions", "Times that a request gave its room back, to be computed again"
+        )
+        self.draft_tokens = self._counter("spec_decode_num_draft_tokens", "Drafts verified")
+        self.accepted_tokens = self._counter(
+            "spec_decode_num_accepted_tokens", "Drafts that were right"
+        )
         self.prompt_size = self._histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS)
         self.output_size = self._histogram(
             "request_generation_tokens", "Tokens generated for a request", _TOKENS
         )
 
     def finished(self, reason: str) -> None:
-        """Count an ended request: `stop`, `length`, `abort` (client gone) or `error`."""
+        """Count an ended request: `stop`, `length`, `abort` (client gone), `deadline` or `error`."""
         self._success.labels(self._model, reason).inc()
 
     def rejected(self, reason: str) -> None:
@@ -101,14 +117,21 @@ class Stopwatch:
         self.tokens = 0
         metrics.waiting.inc()
 
-    def token(self) -> None:
-        """A token has come."""
+    def token(
+        self, *, queued_s: float = 0.0, preempted: int = 0, drafted: int = 0, accepted: int = 0
+    ) -> None:
+        """A token has come; what the engine says of it is in `TokenEvent`."""
         now, metrics = time.perf_counter(), self._metrics
+        metrics.preemptions.inc(preempted)
+        metrics.draft_tokens.inc(drafted)
+        metrics.accepted_tokens.inc(accepted)
         if self.tokens:
             metrics.between_tokens.observe(now - self._last)
         else:
             self._first = now
             metrics.first_token.observe(now - self._started)
+            metrics.queue_time.observe(queued_s)
+            metrics.prefill_time.observe(max(0.0, now - self._started - queued_s))
             metrics.waiting.dec()
             metrics.running.inc()
             metrics.prompt_tokens.inc(self._prompt_tokens)
@@ -124,6 +147,8 @@ class Stopwatch:
         metrics.whole.observe(time.perf_counter() - self._started)
         metrics.prompt_size.observe(self._prompt_tokens)
         metrics.output_size.observe(self.tokens)
+        if self.tokens:
+            metrics.decode_time.observe(self._last - self._first)
         if self.tokens > 1:
             metrics.per_token.observe((self._last - self._first) / (self.tokens - 1))
 

@@ -60,7 +60,7 @@ Everything that follows from the values and the model's preset, as JSON:
 {{- $_ := set $topology "attention" (div (int $groups.attention.members) (int $c.topology.stages)) -}}
 {{- $_ := set $topology "experts" (ternary (int $groups.experts.members) 2 $groups.experts.active) -}}
 {{- $_ := set $topology "routers" (ternary (int $groups.router.members) 1 $groups.router.active) -}}
-{{- $engine := dict "max_batch" (int $c.engine.max_batch) "max_queue" (int $c.engine.max_queue) "max_step_tokens" (int $c.engine.max_step_tokens) "draft_tokens" (int $c.engine.draft_tokens) "prefix_snapshots" (int $c.engine.prefix_snapshots) "kv_tokens" (int64 $c.engine.kv_tokens) "max_context" nil -}}
+{{- $engine := dict "max_batch" (int $c.engine.max_batch) "max_queue" (int $c.engine.max_queue) "max_queue_tokens" (int64 $c.engine.max_queue_tokens) "max_step_tokens" (int $c.engine.max_step_tokens) "draft_tokens" (int $c.engine.draft_tokens) "prefix_snapshots" (int $c.engine.prefix_snapshots) "kv_tokens" (int64 $c.engine.kv_tokens) "max_context" nil -}}
 {{- if $c.engine.max_context }}{{ $_ := set $engine "max_context" (int64 $c.engine.max_context) }}{{ end -}}
 {{- $cluster := dict "fabric" $plan.fabric "step_deadline_s" $c.cluster.step_deadline_s "ready_timeout_s" $c.cluster.ready_timeout_s "drain_s" $c.cluster.drain_s "cpus_per_member" 1.0 "gpus_per_member" (ternary 1.0 0.0 (eq $plan.fabric "nccl")) "label_selector" $selector -}}
 {{- $server := dict "host" "0.0.0.0" "http" $c.server.http "http_port" (int $c.server.http_port) "grpc_port" (int $c.server.grpc_port) "replicas" (int $groups.ingress.pods) "default_thinking" $c.server.default_thinking "max_body_bytes" (int64 $c.server.max_body_bytes) -}}
