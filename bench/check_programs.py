@@ -265,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="default: the random tiny model")
     parser.add_argument("--programs", type=int, default=1000)
-    parser.add_argument("--requests", type=int, default=12, help="of one program")
+    parser.add_argument("--requests", type=int, default=10, help="of one program")
     parser.add_argument("--seed", type=int, default=0, help="of the first program")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -273,20 +273,22 @@ def main() -> None:
     folder = options.model or make_tiny(Path(tempfile.mkdtemp()) / "tiny")
     config = Config.from_dict({"model": {"path": str(folder)}})
     source, model = Source(config.model, Checkpoint.open(folder)), open_reference(folder)
+    told = heading(f"python bench/check_programs.py --programs {options.programs}")
     total, begun = Counter[str](), time.perf_counter()
     with torch.inference_mode():
         for seed in range(options.seed, options.seed + options.programs):
             book, happened = run_program(seed, source, options.requests)
             found = judge(model, book) + happened
             total += found
+            if (seed - options.seed) % 100 == 99:
+                print(f"{seed + 1 - options.seed} programs", file=sys.stderr, flush=True)
             if any(found[name] for name in FAULTS):
                 print(f"program {seed}: {dict(found)}", file=sys.stderr, flush=True)
     wrong = sum(abs(total[name]) for name in FAULTS)
-    command = f"python bench/check_programs.py --programs {options.programs}"
     lines = ["| what | count |", "|---|---|", f"| programs | {options.programs} |"]
     lines += [f"| {name} | {total[name]} |" for name in (*ROWS, *DRAFTS, *FAULTS)]
     took = f"{time.perf_counter() - begun:.0f} s on one thread."
-    text = "\n".join([heading(command), "", took, "", *lines, ""])
+    text = "\n".join([told, "", took, "", *lines, ""])
     print(text)
     if options.out:
         options.out.write_text(f"# Random programs against a model from scratch\n\n{text}")

@@ -57,6 +57,7 @@ class PrefixCache:
         self.hit_tokens = self.asked_tokens = 0
         self._free = list(snapshots)
         self._roots: dict[str, Node] = {}
+        self._salts: dict[Node, str] = {}
         self._nodes: set[Node] = set()
         self._idle = 0
         self._clock = self._level = 0
@@ -68,11 +69,18 @@ class PrefixCache:
 
     def root(self, salt: str) -> Node:
         """The empty prefix of one salt."""
-        return self._roots.setdefault(salt, Node(None, (), -1))
+        root = self._roots.get(salt)
+        if root is None:
+            root = self._roots[salt] = Node(None, (), -1)
+            self._salts[root] = salt
+        return root
 
     def match(self, tokens: Seq[int], salt: str) -> list[Node]:
         """Blocks in the tree that `tokens` starts with; at least one token stays uncovered."""
-        node, found = self.root(salt), []
+        found: list[Node] = []
+        node = self._roots.get(salt)
+        if node is None:
+            return found
         for start in range(0, len(tokens) - self.block_tokens, self.block_tokens):
             child = node.children.get(tuple(tokens[start : start + self.block_tokens]))
             if child is None:
@@ -175,3 +183,6 @@ class PrefixCache:
         self.blocks.give_back([node.block])
         if node.snapshot >= 0:
             self._free.append(node.snapshot)
+        if node.parent in self._salts and not node.parent.children:
+            # Salts come without end; what they leave must not.
+            del self._roots[self._salts.pop(node.parent)]

@@ -76,6 +76,12 @@ class Scheduler:
 
         Calling it again without `advance` plans the same tokens (a step that was broken off).
         """
+        planned = self._plan()
+        while self.running and not planned:  # those whose turn it was have given way
+            planned = self._plan()
+        return planned
+
+    def _plan(self) -> list[tuple[Sequence, Part]]:
         self.room.forget_reserved()
         for sequence in self.running:
             self.room.record(sequence)
@@ -165,6 +171,9 @@ class Scheduler:
         """Admit who waits, in order, while there is room. Nobody is overtaken."""
         while self.waiting:
             sequence = self.waiting[0]
+            urgent = any(s.request.priority > sequence.request.priority for s in self.running)
+            if not self.slots.free and not urgent:
+                return
             path, known = self.room.match(sequence)
             wanted = self.room.blocks_for(len(sequence.tokens)) - known
             self.prefixes.hold(path[:known])

@@ -128,6 +128,38 @@ def test_a_long_prompt_goes_on_whatever_short_ones_come() -> None:
         pytest.fail("the long prompt did not get its half of every step")
 
 
+def test_what_another_has_left_meanwhile_is_found_before_the_first_rows() -> None:
+    scheduler = Scheduler(2, 16, 4, 8, snapshots=range(2, 6))
+    for name in ("first", "second"):
+        scheduler.add(sequence(name, 17))
+    chunks = []
+    for _ in range(3):
+        planned = scheduler.plan()
+        chunks += shape(planned)
+        advance(scheduler, planned)
+    # Both were admitted at once; the second goes on from where the first had got in the step before.
+    assert chunks == [("first", 0, 8), ("first", 8, 8), ("first", 16, 1), ("second", 16, 1)]
+    assert scheduler.prefixes.hit_tokens == 16
+    assert scheduler.prefixes.asked_tokens == 34
+
+
+def test_a_step_is_not_empty_because_whose_turn_it_was_gave_way() -> None:
+    scheduler = Scheduler(2, 2, 4, 1)
+    for name in ("old", "young"):
+        scheduler.add(sequence(name, 1, tokens=7))
+    steps = 0
+    while scheduler.busy:
+        planned = scheduler.plan()
+        assert len(planned) == 1
+        advance(scheduler, planned)
+        for s, _ in planned:
+            if s.generated == 7:
+                scheduler.drop(s)
+        steps += 1
+    assert scheduler.preemptions == 1
+    assert steps < 30
+
+
 def prioritised(name: str, prompt: int, priority: int, tokens: int = 4) -> Sequence:
     return Sequence(dataclasses.replace(request(name, prompt, tokens), priority=priority))
 

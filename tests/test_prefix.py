@@ -217,6 +217,19 @@ def test_the_tree_keeps_what_is_held_and_gives_back_the_oldest_end() -> None:
     assert cache.match([1, 1, 3, 3, 0], "") == []
 
 
+def test_a_salt_is_forgotten_with_its_last_block() -> None:
+    cache = PrefixCache(BlockPool(4), [], 2)
+    for i in range(50):
+        salt = f"tenant {i}"
+        assert cache.match([1, 1, 2], salt) == []
+        node = cache.extend(cache.root(salt), (1, 1), cache.blocks.take(1)[0])
+        assert cache.match([1, 1, 2], salt) == [node]
+        cache.release([node])
+        cache.evict(1)
+        assert cache.match([1, 1, 2], salt) == []
+    assert len(cache._roots) == len(cache._salts) == 0
+
+
 def test_a_match_leaves_a_token_to_compute() -> None:
     cache = PrefixCache(BlockPool(4), [], 2)
     path(cache, 1, 2)
