@@ -257,6 +257,18 @@ def test_openai_errors_and_the_server_goes_on(served: Served) -> None:
         assert again.choices[0].finish_reason == "length"
 
 
+def test_a_timeout_ends_a_request_and_the_next_one_runs(served: Served) -> None:
+    more = {"timeout": 0.4, "ignore_eos": True, "priority": -1}
+    with client_of(served) as client:
+        with pytest.raises(openai.InternalServerError, match=r"not done within its 0.4 s") as late:
+            client.completions.create(model="tiny", prompt="x", max_tokens=1900, extra_body=more)
+        assert late.value.status_code == 504
+        answer = client.completions.create(model="tiny", prompt="x", max_tokens=2)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens_details is not None
+    assert answer.usage.completion_tokens_details.rejected_prediction_tokens == 0
+
+
 def test_grpc_client(served: Served, expected: list[list[int]]) -> None:
     with grpc.insecure_channel(served.grpc) as channel:
         stub = pb_grpc.InferenceStub(channel)
