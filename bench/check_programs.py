@@ -43,7 +43,7 @@ from whalepod.model.checkpoint import Checkpoint
 from whalepod.model.tiny import make_tiny
 from whalepod.model.whole import WholeModel
 
-BLOCK, LONGEST = 128, 420
+BLOCK, LONGEST = 128, 300
 Answer = list[tuple[int, float]]
 
 
@@ -114,13 +114,13 @@ class Writer:
             return self._follow_up(name, rng.choice(done))
         if done and how < 0.45:
             return replace(self.book.requests[rng.choice(done)], id=name)
-        border = BLOCK * rng.randint(1, 3) + rng.choice((-1, 0, 1))
+        border = BLOCK * rng.randint(1, 2) + rng.choice((-1, 0, 1))
         ids = rng.choice(self.stems)[: rng.choice((border, border, rng.randint(1, 60)))]
         ids = ids + self._text(rng.choice((0, 1, rng.randint(2, 80))))
         return Request(
             name,
             tuple(ids[:LONGEST]),
-            rng.randint(1, 24),
+            rng.randint(1, 20),
             self._sampling(),
             (rng.randrange(self.vocabulary),) if rng.random() < 0.3 else (),
             cache_salt=rng.choice(("", "", "", "other")),
@@ -157,7 +157,7 @@ def sizes(rng: Random) -> dict[str, Any]:
     return {
         "max_batch": rng.choice((1, 2, 3, 4, 5, 6)),
         "max_queue": 64,
-        "kv_tokens": BLOCK * rng.choice((4, 4, 5, 6, 9)),
+        "kv_tokens": BLOCK * rng.choice((3, 3, 4, 5, 7)),
         "prefix_snapshots": rng.choice((0, 2, 4, 6)),
         "draft_tokens": rng.randint(0, 3),
         "max_step_tokens": rng.choice((9, 30, 60, 150, 400)),
@@ -265,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="default: the random tiny model")
     parser.add_argument("--programs", type=int, default=1000)
-    parser.add_argument("--requests", type=int, default=10, help="of one program")
+    parser.add_argument("--requests", type=int, default=8, help="of one program")
     parser.add_argument("--seed", type=int, default=0, help="of the first program")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
