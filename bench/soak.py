@@ -124,7 +124,7 @@ class Soak:
         loop = rng.choice(self.loops)
         loop.submit(request)
         self._alive[name] = loop
-        if rng.random() < 0.25:
+        if rng.random() < 0.28:
             self._cancels[name] = rng.choice((0, rng.randint(1, 30)))
             self.ends["to be cancelled"] += 1
 
