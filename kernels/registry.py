@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 from collections.abc import Callable
 from typing import Generic, ParamSpec, TypeVar
@@ -15,13 +17,25 @@ R = TypeVar("R")
 Supports = Callable[[str], bool]
 
 
+@functools.cache
+def _load_cpu_twins() -> None:
+    """Import the compiled twins at the first call on a CPU, where they can run."""
+    compiled = importlib.import_module("whalepod.kernels.compiled")
+    if compiled.runs("cpu"):
+        importlib.import_module("whalepod.kernels.cpu")
+
+
+_NAMES = {"torch"}
+
+
 class Kernel(Generic[P, R]):
     """A named operation with one reference in torch and any number of faster twins.
 
     The reference is always present and always correct; a twin is used when its
     `supports` says so for the device type of the first argument. `WHALEPOD_KERNELS=torch`
-    forces the reference everywhere, any other value the twin of that name. The choice is
-    made at the first call on a device type and kept, so the hot path pays one dict lookup.
+    forces the reference everywhere, any other value the twin of that name where there is one.
+    The choice is made at the first call on a device type and kept, so the hot path pays one dict
+    lookup.
     """
 
     def __init__(self, reference: Callable[P, R]) -> None:
@@ -35,6 +49,7 @@ class Kernel(Generic[P, R]):
         """Register a faster implementation under `name`; later ones are tried first."""
 
         def add(function: Callable[P, R]) -> Callable[P, R]:
+            _NAMES.add(name)
             self._twins = {name: (supports, function), **self._twins}
             self._picked = {}
             return function
@@ -46,10 +61,12 @@ class Kernel(Generic[P, R]):
         wanted = os.environ.get("WHALEPOD_KERNELS")
         if wanted == "torch":
             return self.reference
+        if device_type == "cpu":
+            _load_cpu_twins()
         for name, (supports, function) in self._twins.items():
             if wanted in (None, name) and supports(device_type):
                 return function
-        if wanted is not None and self._twins:
+        if wanted is not None and (wanted in self._twins or wanted not in _NAMES):
             raise KernelUnavailable(self.name, wanted, have=["torch", *self._twins])
         return self.reference
 
