@@ -1,5 +1,21 @@
 """The compiled CPU twins; importing this registers them."""
 
-from whalepod.kernels import experts_cpu, hyper_cpu, linear_cpu
+from whalepod.kernels import (
+    attend_cpu,
+    choose_cpu,
+    experts_cpu,
+    hyper_cpu,
+    linear_cpu,
+    pool_cpu,
+    rotary_cpu,
+)
 
-__all__ = ["experts_cpu", "hyper_cpu", "linear_cpu"]
+__all__ = [
+    "attend_cpu",
+    "choose_cpu",
+    "experts_cpu",
+    "hyper_cpu",
+    "linear_cpu",
+    "pool_cpu",
+    "rotary_cpu",
+]

@@ -70,6 +70,13 @@ class Kernel(Generic[P, R]):
             raise KernelUnavailable(self.name, wanted, have=["torch", *self._twins])
         return self.reference
 
+    def has_twin(self, device_type: str) -> bool:
+        """Whether another implementation than the reference runs on `device_type`."""
+        function = self._picked.get(device_type)
+        if function is None:
+            function = self._picked[device_type] = self.pick(device_type)
+        return function is not self.reference
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the implementation picked for the first argument's device."""
         first = args[0]
