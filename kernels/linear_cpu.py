@@ -18,85 +18,43 @@ from torch import Tensor
 
 from whalepod.kernels.compiled import compiled, features, runs
 from whalepod.kernels.linear import grouped_linear, linear
-from whalepod.kernels.simd import LANES, tile
+from whalepod.kernels.simd import LANES, sweep
 
-# Sums of a tile stay in registers: 32 of 512 bits hold 4 x 4 vectors, 16 of 256 bits 4 x 1.
-COLUMNS = 4 if "avx512f" in features() else 1
+# Sums of a tile stay in registers: 32 of 512 bits, or 16 of 256 bits, which are half a vector.
+_WIDE = "avx512f" in features()
+COLUMNS = 4 if _WIDE else 1
+_ROWS, _THIN_ROWS = ((6, 4, 2, 1), (8, 4, 2, 1)) if _WIDE else ((4, 2, 1), (4, 2, 1))
 _STEP = LANES * COLUMNS
-
-_half4, _half2, _half1 = (tile(rows, COLUMNS, True) for rows in (4, 2, 1))
-_full4, _full2, _full1 = (tile(rows, COLUMNS, False) for rows in (4, 2, 1))
-_thin_half4, _thin_half1 = tile(4, 1, True), tile(1, 1, True)
-_thin_full4, _thin_full1 = tile(4, 1, False), tile(1, 1, False)
-
-
-@compiled
-def multiply_half(  # type: ignore[no-untyped-def]
-    x, x_step, w, inputs, y, y_step, rows, outputs
-):
-    """`y = x W` for addresses of rows, of bf16 panels and of results; steps in bytes."""
-    step = inputs * LANES * 2
-    n = 0
-    while n < outputs:
-        at, to = w + n // LANES * step, y + n * 4
-        m = 0
-        if outputs - n > _STEP - LANES:
-            while m + 4 <= rows:
-                _half4(x + m * x_step, x_step, at, step, inputs, to + m * y_step, y_step, outputs - n)
-                m += 4
-            if m + 2 <= rows:
-                _half2(x + m * x_step, x_step, at, step, inputs, to + m * y_step, y_step, outputs - n)
-                m += 2
-            if m < rows:
-                _half1(x + m * x_step, x_step, at, step, inputs, to + m * y_step, y_step, outputs - n)
-            n += _STEP
-            continue
-        while m + 4 <= rows:
-            _thin_half4(x + m * x_step, x_step, at, step, inputs, to + m * y_step, y_step, outputs - n)
-            m += 4
-        while m < rows:
-            _thin_half1(x + m * x_step, x_step, at, step, inputs, to + m * y_step, y_step, outputs - n)
-            m += 1
-        n += LANES
-
-
-@compiled
-def multiply_full(  # type: ignore[no-untyped-def]
-    x, x_step, w, inputs, y, y_step, rows, outputs
-):
-    """As `multiply_half`, with fp32 panels."""
-    step = inputs * LANES * 4
-    n = 0
-    while n < outputs:
-        at, to = w + n // LANES * step, y + n * 4
-        m = 0
-        if outputs - n > _STEP - LANES:
-            while m + 4 <= rows:
-                _full4(x + m * x_step, x_step, at, step, inputs, to + m * y_step, y_step, outputs - n)
-                m += 4
-            if m + 2 <= rows:
-                _full2(x + m * x_step, x_step, at, step, inputs, to + m * y_step, y_step, outputs - n)
-                m += 2
-            if m < rows:
-                _full1(x + m * x_step, x_step, at, step, inputs, to + m * y_step, y_step, outputs - n)
-            n += _STEP
-            continue
-        while m + 4 <= rows:
-            _thin_full4(x + m * x_step, x_step, at, step, inputs, to + m * y_step, y_step, outputs - n)
-            m += 4
-        while m < rows:
-            _thin_full1(x + m * x_step, x_step, at, step, inputs, to + m * y_step, y_step, outputs - n)
-            m += 1
-        n += LANES
+_wide_half, _wide_full = sweep(_ROWS, COLUMNS, True), sweep(_ROWS, COLUMNS, False)
+_pair_half, _pair_full = sweep(_THIN_ROWS, 2, True), sweep(_THIN_ROWS, 2, False)
+_thin_half, _thin_full = sweep(_THIN_ROWS, 1, True), sweep(_THIN_ROWS, 1, False)
 
 
 @compiled
 def multiply(x, x_step, w, half, inputs, y, y_step, rows, outputs):  # type: ignore[no-untyped-def]
-    """`multiply_half` or `multiply_full`."""
-    if half:
-        multiply_half(x, x_step, w, inputs, y, y_step, rows, outputs)
-    else:
-        multiply_full(x, x_step, w, inputs, y, y_step, rows, outputs)
+    """`y = x W` for addresses of rows, of panels (bf16 or fp32) and of results; steps in bytes."""
+    step = inputs * LANES * (2 if half else 4)
+    n = 0
+    while n < outputs:
+        at, to, left = w + n // LANES * step, y + n * 4, outputs - n
+        if left > _STEP - LANES:
+            if half:
+                _wide_half(x, x_step, at, step, inputs, to, y_step, rows, left)
+            else:
+                _wide_full(x, x_step, at, step, inputs, to, y_step, rows, left)
+            n += _STEP
+        elif left > LANES:
+            if half:
+                _pair_half(x, x_step, at, step, inputs, to, y_step, rows, left)
+            else:
+                _pair_full(x, x_step, at, step, inputs, to, y_step, rows, left)
+            n += 2 * LANES
+        else:
+            if half:
+                _thin_half(x, x_step, at, step, inputs, to, y_step, rows, left)
+            else:
+                _thin_full(x, x_step, at, step, inputs, to, y_step, rows, left)
+            n += LANES
 
 
 @compiled
@@ -109,6 +67,9 @@ def _grouped(  # type: ignore[no-untyped-def]
         multiply(
             x + g * group_step, x_step, w + g * size, half, inputs, to, groups * outputs * 4, rows, outputs
         )
+
+
+_FP32 = torch.float32
 
 
 class Packed:
@@ -141,10 +102,11 @@ def packed(weight: Tensor) -> Packed:
 
 
 def plain(*tensors: Tensor) -> bool:
-    """Whether compiled code may read these: fp32, in memory, and nobody asks for gradients."""
-    return all(
-        t.dtype is torch.float32 and t.device.type == "cpu" and not t.requires_grad for t in tensors
-    )
+    """Whether compiled code may read these: fp32, on no GPU, and nobody asks for gradients."""
+    for t in tensors:
+        if t.dtype is not _FP32 or t.requires_grad or t.is_cuda:
+            return False
+    return True
 
 
 @linear.twin("compiled", runs)

@@ -311,24 +311,52 @@ def _block(builder: Any, size: tuple[int, int], read: Emit, args: tuple[Any, ...
             _store_masked(builder, place, made[m][n], mask)
 
 
-def _eight(emit: Emit) -> Any:
-    def typing(
-        context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
-    ) -> Any:
-        return _typed(types.void(*[types.int64] * 8), emit)
-
-    return intrinsic(typing)
+def _typed_addresses(count: int, emit: Emit) -> tuple[Any, Callable[..., Any]]:
+    return _typed(types.void(*[types.int64] * count), emit)
 
 
-def tile(rows: int, columns: int, half: bool) -> Any:
-    """Make a function that multiplies `rows` rows by `columns` panels of a packed matrix.
+def _sweep(builder: Any, sizes: tuple[int, ...], columns: int, half: bool, args: Any) -> None:
+    """Emit loops over the rows of x, in tiles of falling size."""
+    x, x_step, w, w_step, count, y, y_step, rows, lanes = args
+    read, m, before = _panels(columns, half), _number(0), builder.block
+    for size in sizes:
+        test, body, following = (builder.append_basic_block(f"rows{size}") for _ in range(3))
+        builder.branch(test)
+        builder.position_at_end(test)
+        at = builder.phi(_I64)
+        at.add_incoming(m, before)
+        stop = builder.add(at, _number(size))
+        builder.cbranch(builder.icmp_signed("<=", stop, rows), body, following)
+        builder.position_at_end(body)
+        x_at, y_at = (builder.add(a, builder.mul(at, b)) for a, b in ((x, x_step), (y, y_step)))
+        place = (x_at, x_step, w, w_step, count, y_at, y_step, lanes)
+        _block(builder, (size, columns), read, place)
+        at.add_incoming(stop, builder.block)
+        builder.branch(test)
+        builder.position_at_end(following)
+        m, before = at, test
+        # `following` is entered from `test` alone, so the count of rows done is known there.
+        before = following
+
+
+def sweep(sizes: tuple[int, ...], columns: int, half: bool) -> Any:
+    """Make a function that multiplies rows by `columns` panels of a packed matrix.
 
     Its arguments: x, bytes between rows of x, the first panel, bytes between panels, the number of
-    inputs (at least 1), y, bytes between rows of y, and how many outputs to write. A panel holds
-    `[inputs, 16]` numbers: bf16 with `half`, else fp32.
+    inputs (at least 1), y, bytes between rows of y, how many rows, and how many outputs to write. A
+    panel holds `[inputs, 16]` numbers: bf16 with `half`, else fp32. So many rows are taken at a
+    time as `sizes` says, which ends with 1; it changes no result.
     """
-    read = _panels(columns, half)
-    return _eight(lambda builder, *args: _block(builder, (rows, columns), read, args))
+
+    def emit(builder: Any, *args: Any) -> None:
+        _sweep(builder, sizes, columns, half, args)
+
+    def typing(
+        context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any
+    ) -> Any:
+        return _typed_addresses(9, emit)
+
+    return intrinsic(typing)
 
 
 def weighted(rows: int, columns: int) -> Any:
@@ -339,7 +367,16 @@ def weighted(rows: int, columns: int) -> Any:
     of each row to write, at most `16 * columns`.
     """
     read = _listed(columns)
-    return _eight(lambda builder, *args: _block(builder, (rows, columns), read, args))
+
+    def emit(builder: Any, *args: Any) -> None:
+        _block(builder, (rows, columns), read, args)
+
+    def typing(
+        context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
+    ) -> Any:
+        return _typed_addresses(8, emit)
+
+    return intrinsic(typing)
 
 
 def products(rows: int, columns: int) -> Any:
@@ -383,7 +420,7 @@ def products(rows: int, columns: int) -> Any:
                 builder.store(builder.extract_element(one, ir.Constant(_I32, 0)), place)
 
     def typing(context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
-        return _typed(types.void(*[types.int64] * 6), emit)
+        return _typed_addresses(6, emit)
 
     return intrinsic(typing)
 
