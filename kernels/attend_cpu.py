@@ -20,15 +20,14 @@ from whalepod.kernels.simd import (
     load,
     most,
     mul,
-    products,
     put,
     put_int,
     splat,
     store,
     sub,
     total,
-    weighted,
 )
+from whalepod.kernels.tiles import products, weighted
 
 _BYTES = 4 * LANES
 _KEYS = 4 if COLUMNS == 4 else 2  # 4 heads x so many keys stay in registers
@@ -50,11 +49,8 @@ def _list_keys(  # type: ignore[no-untyped-def]
             at -= window
         if at < 0:
             break
-        if at >= start:
-            place = new + (first + at - start) * row
-        else:
-            place = ring + s * width * 4
-        put_int(keys + found * 8, place)
+        fresh, old = new + (first + at - start) * row, ring + s * width * 4
+        put_int(keys + found * 8, fresh if at >= start else old)
         found += 1
     for e in range(count):
         put_int(keys + found * 8, pool + get_int(listed + e * 8) * width * 4)
@@ -87,8 +83,29 @@ def _weigh(z, found, sink, scale):  # type: ignore[no-untyped-def]
 
 @compiled
 def _attend(  # type: ignore[no-untyped-def]
-    q, new, new_step, ring, slots, starts, firsts, positions, pool, listed, offsets, counts,
-    sink, turns, pairs, rows, heads, width, window, scale, room, most_keys, y,
+    q,
+    new,
+    new_step,
+    ring,
+    slots,
+    starts,
+    firsts,
+    positions,
+    pool,
+    listed,
+    offsets,
+    counts,
+    sink,
+    turns,
+    pairs,
+    rows,
+    heads,
+    width,
+    window,
+    scale,
+    room,
+    most_keys,
+    y,
 ):
     keys, z = room, room + most_keys * 8
     z_step = most_keys * 4
@@ -98,9 +115,18 @@ def _attend(  # type: ignore[no-untyped-def]
         if pool:
             count, entries = get_int(counts + t * 8), listed + get_int(offsets + t * 8) * 8
         found = _list_keys(
-            keys, new, ring + get_int(slots + t * 8) * window * head, new_step, width, window,
-            get_int(positions + t * 8), get_int(starts + t * 8), get_int(firsts + t * 8),
-            pool, entries, count,
+            keys,
+            new,
+            ring + get_int(slots + t * 8) * window * head,
+            new_step,
+            width,
+            window,
+            get_int(positions + t * 8),
+            get_int(starts + t * 8),
+            get_int(firsts + t * 8),
+            pool,
+            entries,
+            count,
         )
         q_t, y_t = q + t * heads * head, y + t * heads * head
         h = 0
@@ -152,9 +178,7 @@ def _attend_rows(
     count, heads, width = q_THD.shape
     pairs, window = turns_TP.shape[-1], ring_NWD.shape[1]
     if width % LANES or not plain(q_THD, new_TD, ring_NWD, sink_H):
-        return attend.reference(
-            q_THD, new_TD, ring_NWD, rows, entries_FD, listed, sink_H, turns_TP
-        )
+        return attend.reference(q_THD, new_TD, ring_NWD, rows, entries_FD, listed, sink_H, turns_TP)
     q, y = q_THD.contiguous(), torch.empty(count, heads, width)
     new = new_TD if new_TD.stride(1) == 1 else new_TD.contiguous()
     pool, places = 0, (0, 0, 0)

@@ -17,12 +17,12 @@ from whalepod.kernels.simd import (
     get_int,
     load,
     most,
-    products,
     put,
     put_int,
     splat,
     store,
 )
+from whalepod.kernels.tiles import products
 
 _KEYS = 4 if COLUMNS == 4 else 2
 _scores4, _scores1 = products(4, _KEYS), products(1, _KEYS)
@@ -45,9 +45,13 @@ def _score(  # type: ignore[no-untyped-def]
             many = 4 if h + 4 <= heads else 1
             for n in range(0, LANES, _KEYS):
                 if many == 4:
-                    _scores4(q + h * width * 4, width * 4, room + n * 8, width // LANES, z + n * 4, 64)
+                    _scores4(
+                        q + h * width * 4, width * 4, room + n * 8, width // LANES, z + n * 4, 64
+                    )
                 else:
-                    _scores1(q + h * width * 4, width * 4, room + n * 8, width // LANES, z + n * 4, 64)
+                    _scores1(
+                        q + h * width * 4, width * 4, room + n * 8, width // LANES, z + n * 4, 64
+                    )
             for i in range(many):
                 summed = fma(splat(get(gate + (h + i) * 4)), most(load(z + i * 64), zero), summed)
             h += many
@@ -84,7 +88,21 @@ def _nth(values, count, rank):  # type: ignore[no-untyped-def]
 
 @compiled
 def _choose(  # type: ignore[no-untyped-def]
-    q, gate, keys, rows, offsets, counts, tokens, heads, width, keep, room, scores, copy, chosen, kept
+    q,
+    gate,
+    keys,
+    rows,
+    offsets,
+    counts,
+    tokens,
+    heads,
+    width,
+    keep,
+    room,
+    scores,
+    copy,
+    chosen,
+    kept,
 ):
     for t in range(tokens):
         count, listed = get_int(counts + t * 8), rows + get_int(offsets + t * 8) * 8

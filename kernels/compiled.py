@@ -26,9 +26,12 @@ except ImportError:  # pragma: no cover - the references are always there
 
 @functools.cache
 def features() -> frozenset[str]:
-    """What the CPU can do, by LLVM's names; empty without numba."""
+    """What code is made for, by LLVM's names: `NUMBA_CPU_FEATURES`, else what the CPU can do."""
     if numba is None:
         return frozenset()
+    if numba.config.CPU_FEATURES is not None:
+        wanted = numba.config.CPU_FEATURES.split(",")
+        return frozenset(name[1:] for name in wanted if name.startswith("+"))
     return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
 
 
@@ -47,7 +50,7 @@ def _candidates() -> Iterator[Path]:
     if chosen := os.environ.get("WHALEPOD_CACHE"):
         yield Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
-    yield (Path(base) if base else Path.home() / ".cache") / "whalepod"
+    yield (Path(base) if base else Path("~/.cache").expanduser()) / "whalepod"
     yield Path(tempfile.gettempdir()) / f"whalepod-{os.getuid()}"
 
 

@@ -11,7 +11,20 @@ from torch import Tensor
 from whalepod.kernels.compiled import compiled, runs
 from whalepod.kernels.draw import best_tokens
 from whalepod.kernels.linear_cpu import plain
-from whalepod.kernels.simd import LANES, add, exp, get, largest, load, most, put, put_int, splat, sub, total
+from whalepod.kernels.simd import (
+    LANES,
+    add,
+    exp,
+    get,
+    largest,
+    load,
+    most,
+    put,
+    put_int,
+    splat,
+    sub,
+    total,
+)
 
 _BYTES = 4 * LANES
 

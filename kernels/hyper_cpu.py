@@ -126,7 +126,12 @@ def _post(f, more, x, post, comb, rows, width, y):  # type: ignore[no-untyped-de
             x_t, c = x + t * width * 16, comb + t * 64 + k * 4
             y_t = y + (t * _STREAMS + k) * width * 4
             own = splat(get(p + k * 4))
-            c0, c1, c2, c3 = splat(get(c)), splat(get(c + 16)), splat(get(c + 32)), splat(get(c + 48))
+            c0, c1, c2, c3 = (
+                splat(get(c)),
+                splat(get(c + 16)),
+                splat(get(c + 32)),
+                splat(get(c + 48)),
+            )
             for d in range(0, width * 4, _BYTES):
                 s = load(f_t + d)
                 if more:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from whalepod.kernels.compiled import compiled, features, runs
 from whalepod.kernels.linear import grouped_linear, linear
-from whalepod.kernels.simd import LANES, sweep
+from whalepod.kernels.simd import LANES
+from whalepod.kernels.tiles import sweep
 
 # Sums of a tile stay in registers: 32 of 512 bits, or 16 of 256 bits, which are half a vector.
 _WIDE = "avx512f" in features()
@@ -65,7 +66,15 @@ def _grouped(  # type: ignore[no-untyped-def]
     for g in range(groups):
         to = y + g * outputs * 4
         multiply(
-            x + g * group_step, x_step, w + g * size, half, inputs, to, groups * outputs * 4, rows, outputs
+            x + g * group_step,
+            x_step,
+            w + g * size,
+            half,
+            inputs,
+            to,
+            groups * outputs * 4,
+            rows,
+            outputs,
         )
 
 
@@ -75,11 +84,10 @@ _FP32 = torch.float32
 class Packed:
     """Panels of a `[..., N, K]` matrix: `address` of the first, and whether they are bf16."""
 
-    __slots__ = ("address", "half", "data", "of", "version")
+    __slots__ = ("address", "data", "half", "of", "version")
 
     def __init__(self, weight: Tensor, forget: Any) -> None:
-        outputs, inputs = weight.shape[-2:]
-        padded = F.pad(weight.detach(), (0, 0, 0, -outputs % LANES))
+        padded = F.pad(weight.detach(), (0, 0, 0, -weight.shape[-2] % LANES))
         panels = padded.unflatten(-2, (-1, LANES)).transpose(-1, -2).contiguous()
         narrow = panels.bfloat16()
         self.half = bool(torch.equal(narrow.float(), panels))
@@ -103,7 +111,7 @@ def packed(weight: Tensor) -> Packed:
 
 def plain(*tensors: Tensor) -> bool:
     """Whether compiled code may read these: fp32, on no GPU, and nobody asks for gradients."""
-    for t in tensors:
+    for t in tensors:  # noqa: SIM110 - a generator takes three times as long, and this is hot
         if t.dtype is not _FP32 or t.requires_grad or t.is_cuda:
             return False
     return True
@@ -119,7 +127,15 @@ def _linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     y_MN = torch.empty(rows, outputs)
     x_step = x_MK.stride(0) * 4
     multiply(
-        x_MK.data_ptr(), x_step, w.address, w.half, inputs, y_MN.data_ptr(), outputs * 4, rows, outputs
+        x_MK.data_ptr(),
+        x_step,
+        w.address,
+        w.half,
+        inputs,
+        y_MN.data_ptr(),
+        outputs * 4,
+        rows,
+        outputs,
     )
     return y_MN
 

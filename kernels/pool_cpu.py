@@ -59,8 +59,26 @@ def _pool_one(  # type: ignore[no-untyped-def]
 
 @compiled
 def _pool(  # type: ignore[no-untyped-def]
-    new, step, ape, ratio, raw, ring, channels, slots, starts, firsts, positions, rows, decoding,
-    closed, norm, turns, pairs, eps, width, entries,
+    new,
+    step,
+    ape,
+    ratio,
+    raw,
+    ring,
+    channels,
+    slots,
+    starts,
+    firsts,
+    positions,
+    rows,
+    decoding,
+    closed,
+    norm,
+    turns,
+    pairs,
+    eps,
+    width,
+    entries,
 ):
     size = ring * channels * 8
     for t in range(rows):
@@ -73,8 +91,16 @@ def _pool(  # type: ignore[no-untyped-def]
         if where >= 0:
             entry = entries + where * width * 4
             _pool_one(
-                new, step, raw + get_int(slots + t * 8) * size, ring, channels, width,
-                get_int(positions + t * 8), get_int(starts + t * 8), get_int(firsts + t * 8), entry,
+                new,
+                step,
+                raw + get_int(slots + t * 8) * size,
+                ring,
+                channels,
+                width,
+                get_int(positions + t * 8),
+                get_int(starts + t * 8),
+                get_int(firsts + t * 8),
+                entry,
             )
             finish_head(entry, norm, turns + t * pairs * 8, pairs, width, eps, entry)
     for t in range(decoding):

@@ -6,7 +6,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -38,7 +38,10 @@ class Kernel(Generic[P, R]):
     lookup.
     """
 
+    every: ClassVar[list[Kernel[..., Any]]] = []
+
     def __init__(self, reference: Callable[P, R]) -> None:
+        Kernel.every.append(self)
         self.name = reference.__name__
         self.__doc__ = reference.__doc__
         self.reference = reference
@@ -69,6 +72,10 @@ class Kernel(Generic[P, R]):
         if wanted is not None and (wanted in self._twins or wanted not in _NAMES):
             raise KernelUnavailable(self.name, wanted, have=["torch", *self._twins])
         return self.reference
+
+    def forget(self) -> None:
+        """Choose anew at the next call, as when `WHALEPOD_KERNELS` has changed."""
+        self._picked = {}
 
     def has_twin(self, device_type: str) -> bool:
         """Whether another implementation than the reference runs on `device_type`."""

@@ -59,9 +59,7 @@ def _heads(  # type: ignore[no-untyped-def]
 
 
 @norm_rotate.twin("compiled", runs)
-def _norm_rotate(
-    x_THD: Tensor, weight_D: Tensor | None, turns_TP: Tensor, eps: float
-) -> Tensor:
+def _norm_rotate(x_THD: Tensor, weight_D: Tensor | None, turns_TP: Tensor, eps: float) -> Tensor:
     rows, heads, width = x_THD.shape
     pairs = turns_TP.shape[-1]
     if width % LANES or not plain(x_THD):

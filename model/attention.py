@@ -140,9 +140,7 @@ class Attention:
         out = attend(q, kv, cache.window, rows, entries, listed, self.sink_H, turns)
         keep_rows(cache.window, kv, rows, batch.decoding)
         for span in batch.chunks:
-            batch.write_later(
-                span.slot, cache.window, batch.positions_T[span.rows], kv[span.rows]
-            )
+            batch.write_later(span.slot, cache.window, batch.positions_T[span.rows], kv[span.rows])
         return out
 
     def _round_kv(self, x: Tensor) -> Tensor:

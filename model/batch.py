@@ -142,7 +142,8 @@ class Batch:
     def layout(self) -> Layout:
         """Where all rows belong, made once per pass."""
         if self._layout is None:
-            self._layout = Layout(self.spans, self.positions_T, self.block_tokens)
+            placed = [(s.slot, s.start, s.row, s.count, s.blocks) for s in self.spans]
+            self._layout = Layout(placed, self.positions_T, self.block_tokens)
         return self._layout
 
     def entries(self, ratio: int) -> tuple[Listed, Tensor, bool]:

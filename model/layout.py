@@ -6,7 +6,7 @@ Legend: T rows, S sequences of the pass, B blocks of all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,20 +14,8 @@ from torch import Tensor
 
 from whalepod.kernels.attend import Listed, Rows
 
-
-class Placed(Protocol):
-    """New tokens of one sequence; see `model.batch.Span`."""
-
-    @property
-    def slot(self) -> int: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def row(self) -> int: ...
-    @property
-    def count(self) -> int: ...
-    @property
-    def blocks(self) -> tuple[int, ...]: ...
+# Of one sequence's new tokens: slot, position of the first, its row, how many, block table.
+Placed = tuple[int, int, int, int, tuple[int, ...]]
 
 
 class Layout:
@@ -42,11 +30,12 @@ class Layout:
     def __init__(self, spans: Sequence[Placed], positions_T: Tensor, block_tokens: int) -> None:
         self._block_tokens, self._positions = block_tokens, positions_T.cpu().numpy()
         self._device = positions_T.device
-        known = np.array([(s.slot, s.start, s.row, s.count, len(s.blocks)) for s in spans], np.int64)
+        known = np.array([(*s[:4], len(s[4])) for s in spans], np.int64)
         known = known.reshape(-1, 5).T
         self._of_T = np.repeat(np.arange(len(spans)), known[3])
-        self.rows = Rows(*(self._on(known[i][self._of_T]) for i in range(3)), positions_T)
-        self._blocks = np.array([b for s in spans for b in s.blocks], np.int64)
+        slot_T, start_T, first_T = (self._on(known[i][self._of_T]) for i in range(3))
+        self.rows = Rows(slot_T, start_T, first_T, positions_T)
+        self._blocks = np.array([b for s in spans for b in s[4]], np.int64)
         self._first_S = np.cumsum(known[4]) - known[4]
 
     def entries(self, ratio: int) -> tuple[Listed, Tensor, bool]:
@@ -61,5 +50,5 @@ class Layout:
         listed = Listed(self._on(table), self._on(offset_T), self._on(count_T), most)
         return listed, self._on(closed_T), bool(closing_T.any())
 
-    def _on(self, values: np.ndarray) -> Tensor:
+    def _on(self, values: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)

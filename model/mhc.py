@@ -72,9 +72,7 @@ class HyperConnection:
         sizes = torch.tensor([streams, streams, streams * streams], device=scale.device)
         self.scales = scale.repeat_interleave(sizes)
 
-    def pre(
-        self, x_TCD: Tensor, norm_D: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def pre(self, x_TCD: Tensor, norm_D: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """See `hc_pre`; with `norm_D` the block's input is normalised with that weight."""
         return _pre(x_TCD, self.fn, self.base, self.scales, norm_D, self.config)
 
