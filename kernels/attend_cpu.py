@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.attend import Listed, Rows, attend, keep_rows
-from whalepod.kernels.compiled import compiled, runs
+from whalepod.kernels.compiled import compiled, entry, runs
 from whalepod.kernels.linear_cpu import COLUMNS, plain
 from whalepod.kernels.rotary_cpu import turn
 from whalepod.kernels.simd import (
@@ -81,7 +81,7 @@ def _weigh(z, found, sink, scale):  # type: ignore[no-untyped-def]
     return np.float32(1) / (total(whole) + total(exp(splat(sink - high))) / np.float32(LANES))
 
 
-@compiled
+@entry("scale")
 def _attend(  # type: ignore[no-untyped-def]
     q,
     new,
@@ -197,7 +197,7 @@ def _attend_rows(
     return y
 
 
-@compiled
+@entry()
 def _keep(ring, new, step, slots, positions, count, window, width):  # type: ignore[no-untyped-def]
     for t in range(count):
         place = get_int(slots + t * 8) * window + get_int(positions + t * 8) % window

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from whalepod.kernels.attend import Listed
 from whalepod.kernels.choose import choose_entries
-from whalepod.kernels.compiled import compiled, runs
+from whalepod.kernels.compiled import compiled, entry, runs
 from whalepod.kernels.linear_cpu import COLUMNS, plain
 from whalepod.kernels.simd import (
     LANES,
@@ -86,7 +86,7 @@ def _nth(values, count, rank):  # type: ignore[no-untyped-def]
             return pivot
 
 
-@compiled
+@entry()
 def _choose(  # type: ignore[no-untyped-def]
     q,
     gate,

@@ -1,13 +1,14 @@
 """Compile CPU twins with numba, where it is installed, and keep the machine code on disk.
 
-The code is made for the CPU at hand when a function is first called (seconds for all of them) and
-read from disk by later processes. Its folder is private to the user, because what lies there is run.
+The code is made for the CPU at hand when the twins are loaded (seconds for all of them) and read
+from disk by later processes. Its folder is private to the user, because what lies there is run.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import os
 import platform
 import stat
@@ -84,7 +85,7 @@ def cache_folder() -> Path | None:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile at the first call, without reordering sums; the interpreter's lock is given back."""
+    """Compile where it is first used, without reordering sums."""
     options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
     folder, before = cache_folder(), numba.config.CACHE_DIR
     if folder is None:
@@ -94,3 +95,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
     finally:
         numba.config.CACHE_DIR = before
+
+
+def entry(*floats: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile a function that Python calls, at once: addresses and counts, and these floats."""
+
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        names = inspect.signature(function).parameters
+        made: Any = compiled(function)
+        made.compile(tuple(numba.float64 if n in floats else numba.int64 for n in names))
+        return made  # type: ignore[no-any-return]
+
+    return make

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whalepod.kernels.compiled import compiled, runs
+from whalepod.kernels.compiled import entry, runs
 from whalepod.kernels.draw import best_tokens
 from whalepod.kernels.linear_cpu import plain
 from whalepod.kernels.simd import (
@@ -29,7 +29,7 @@ from whalepod.kernels.simd import (
 _BYTES = 4 * LANES
 
 
-@compiled
+@entry()
 def _best(x, rows, count, best, norm):  # type: ignore[no-untyped-def]
     """`count` is a multiple of 16."""
     for m in range(rows):

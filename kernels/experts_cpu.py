@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whalepod.kernels.compiled import compiled, runs
+from whalepod.kernels.compiled import compiled, entry, runs
 from whalepod.kernels.experts import Matrices, run_pairs
 from whalepod.kernels.linear_cpu import multiply, packed, plain
 from whalepod.kernels.simd import (
@@ -39,7 +39,7 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 _ROWS = 64
 
 
-@compiled
+@entry("limit")
 def activate(gate_up, inner, rows, width, limit, weights):  # type: ignore[no-untyped-def]
     """Clamped SwiGLU of `[rows, 2 * width]`, times a weight a row where there are some."""
     high, low = splat(np.float32(limit)), splat(np.float32(-limit))
@@ -61,7 +61,7 @@ def copy_row(source, target, count):  # type: ignore[no-untyped-def]
         store(target + i, load(source + i))
 
 
-@compiled
+@entry("limit")
 def _run(  # type: ignore[no-untyped-def]
     x, x_step, share, experts, weights, pairs, table, distinct, width, inner, limit, order, room, y
 ):
@@ -97,7 +97,7 @@ def _row(matrices: Matrices) -> tuple[int, int, int, int]:
     """Addresses and kinds of both matrices' panels; they live as long as the matrices."""
     if matrices.kept is None:
         up, down = packed(matrices.w13), packed(matrices.w2)
-        matrices.kept = (up.address, int(up.half), down.address, int(down.half))
+        matrices.kept = (up.address, up.half, down.address, down.half)
     found: tuple[int, int, int, int] = matrices.kept  # type: ignore[assignment]
     return found
 

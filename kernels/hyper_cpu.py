@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whalepod.kernels.compiled import compiled, runs
+from whalepod.kernels.compiled import compiled, entry, runs
 from whalepod.kernels.hyper import hyper_post, hyper_pre
 from whalepod.kernels.linear_cpu import multiply, packed, plain
 from whalepod.kernels.simd import (
@@ -62,7 +62,7 @@ def _doubly(logits, iters, eps):  # type: ignore[no-untyped-def]
     return mix
 
 
-@compiled
+@entry("eps", "norm_eps")
 def _pre(  # type: ignore[no-untyped-def]
     x, fn, half, base, scales, norm, iters, eps, norm_eps, rows, width, mixes, y, post, comb
 ):
@@ -118,7 +118,7 @@ def _hyper_pre(
     return y, post, comb
 
 
-@compiled
+@entry()
 def _post(f, more, x, post, comb, rows, width, y):  # type: ignore[no-untyped-def]
     for t in range(rows):
         f_t, more_t, p = f + t * width * 4, more + t * width * 4, post + t * 16

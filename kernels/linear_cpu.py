@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whalepod.kernels.compiled import compiled, features, runs
+from whalepod.kernels.compiled import entry, features, runs
 from whalepod.kernels.linear import grouped_linear, linear
 from whalepod.kernels.simd import LANES
 from whalepod.kernels.tiles import sweep
@@ -31,7 +31,7 @@ _pair_half, _pair_full = sweep(_THIN_ROWS, 2, True), sweep(_THIN_ROWS, 2, False)
 _thin_half, _thin_full = sweep(_THIN_ROWS, 1, True), sweep(_THIN_ROWS, 1, False)
 
 
-@compiled
+@entry()
 def multiply(x, x_step, w, half, inputs, y, y_step, rows, outputs):  # type: ignore[no-untyped-def]
     """`y = x W` for addresses of rows, of panels (bf16 or fp32) and of results; steps in bytes."""
     step = inputs * LANES * (2 if half else 4)
@@ -58,7 +58,7 @@ def multiply(x, x_step, w, half, inputs, y, y_step, rows, outputs):  # type: ign
             n += LANES
 
 
-@compiled
+@entry()
 def _grouped(  # type: ignore[no-untyped-def]
     x, x_step, group_step, w, half, groups, inputs, y, rows, outputs
 ):
@@ -90,8 +90,8 @@ class Packed:
         padded = F.pad(weight.detach(), (0, 0, 0, -weight.shape[-2] % LANES))
         panels = padded.unflatten(-2, (-1, LANES)).transpose(-1, -2).contiguous()
         narrow = panels.bfloat16()
-        self.half = bool(torch.equal(narrow.float(), panels))
-        self.data = narrow if self.half else panels
+        exact = torch.equal(narrow.float(), panels)
+        self.half, self.data = (1, narrow) if exact else (0, panels)
         self.address = self.data.data_ptr()
         self.of = weakref.ref(weight, forget)
         self.version = None if weight.is_inference() else weight._version

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from whalepod.kernels.attend import Rows
-from whalepod.kernels.compiled import compiled, runs
+from whalepod.kernels.compiled import compiled, entry, runs
 from whalepod.kernels.linear_cpu import plain
 from whalepod.kernels.pool import pool_entries
 from whalepod.kernels.rotary_cpu import finish_head
@@ -57,7 +57,7 @@ def _pool_one(  # type: ignore[no-untyped-def]
         store(entry + d, div(summed, whole))
 
 
-@compiled
+@entry("eps")
 def _pool(  # type: ignore[no-untyped-def]
     new,
     step,

@@ -18,8 +18,13 @@ Supports = Callable[[str], bool]
 
 
 @functools.cache
-def _load_cpu_twins() -> None:
-    """Import the compiled twins at the first call on a CPU, where they can run."""
+def load_twins(device_type: str) -> None:
+    """Import the compiled twins, where they can run: seconds the first time on a machine.
+
+    A first call does so too; a member does it before others wait for its first step.
+    """
+    if device_type != "cpu":
+        return
     compiled = importlib.import_module("whalepod.kernels.compiled")
     if compiled.runs("cpu"):
         importlib.import_module("whalepod.kernels.cpu")
@@ -64,8 +69,7 @@ class Kernel(Generic[P, R]):
         wanted = os.environ.get("WHALEPOD_KERNELS")
         if wanted == "torch":
             return self.reference
-        if device_type == "cpu":
-            _load_cpu_twins()
+        load_twins(device_type)
         for name, (supports, function) in self._twins.items():
             if wanted in (None, name) and supports(device_type):
                 return function

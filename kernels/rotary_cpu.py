@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whalepod.kernels.compiled import compiled, runs
+from whalepod.kernels.compiled import compiled, entry, runs
 from whalepod.kernels.hyper_cpu import mean_square
 from whalepod.kernels.linear_cpu import plain
 from whalepod.kernels.rms_norm import rms_norm
@@ -48,7 +48,7 @@ def finish_head(x, weight, turns, pairs, width, eps, y):  # type: ignore[no-unty
     turn(y + (width - 2 * pairs) * 4, turns, pairs, False)
 
 
-@compiled
+@entry("eps")
 def _heads(  # type: ignore[no-untyped-def]
     x, row_step, head_step, weight, turns, pairs, rows, heads, width, eps, y
 ):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.combine import combine
-from whalepod.kernels.compiled import compiled, runs
+from whalepod.kernels.compiled import entry, runs
 from whalepod.kernels.linear_cpu import plain
 from whalepod.kernels.routes import choose_experts
 from whalepod.kernels.simd import LANES, add, get, get_int, load, put, put_int, store
@@ -17,7 +17,7 @@ from whalepod.kernels.simd import LANES, add, get, get_int, load, put, put_int, 
 _BYTES = 4 * LANES
 
 
-@compiled
+@entry("factor")
 def _choose(  # type: ignore[no-untyped-def]
     logits, bias, given, tokens, experts, count, factor, scores, chosen, weights
 ):
@@ -66,7 +66,7 @@ def _choose_experts(
     return chosen, weights
 
 
-@compiled
+@entry()
 def _combine(parts, tokens, count, width, y):  # type: ignore[no-untyped-def]
     for t in range(tokens):
         for d in range(0, width * 4, _BYTES):
