@@ -65,7 +65,7 @@ def copy_row(source, target, count):  # type: ignore[no-untyped-def]
 def _run(  # type: ignore[no-untyped-def]
     x, x_step, share, experts, weights, pairs, table, distinct, width, inner, limit, order, room, y
 ):
-    """`table` holds (expert, up, half, down, half) for each of `distinct` experts."""
+    """`table` holds (expert, up, its bytes a weight, down, its bytes a weight) for each of `distinct` experts."""
     x_room = room
     up_room = x_room + _ROWS * width * 4
     inner_room = up_room + _ROWS * inner * 8
@@ -84,10 +84,10 @@ def _run(  # type: ignore[no-untyped-def]
                 copy_row(x + n // share * x_step, x_room + m * width * 4, width)
                 put(weight_room + m * 4, get(weights + n * 4))
             up, down = get_int(table + e * 40 + 8), get_int(table + e * 40 + 24)
-            half_up, half_down = get_int(table + e * 40 + 16), get_int(table + e * 40 + 32)
-            multiply(x_room, width * 4, up, half_up, width, up_room, inner * 8, rows, 2 * inner)
+            up_size, down_size = get_int(table + e * 40 + 16), get_int(table + e * 40 + 32)
+            multiply(x_room, width * 4, up, up_size, width, up_room, inner * 8, rows, 2 * inner)
             activate(up_room, inner_room, rows, inner, limit, weight_room)
-            multiply(inner_room, inner * 4, down, half_down, inner, x_room, width * 4, rows, width)
+            multiply(inner_room, inner * 4, down, down_size, inner, x_room, width * 4, rows, width)
             for m in range(rows):
                 n = get_int(order + (first + m) * 8)
                 copy_row(x_room + m * width * 4, y + n * width * 4, width)
@@ -97,7 +97,7 @@ def _row(matrices: Matrices) -> tuple[int, int, int, int]:
     """Addresses and kinds of both matrices' panels; they live as long as the matrices."""
     if matrices.kept is None:
         up, down = packed(matrices.w13), packed(matrices.w2)
-        matrices.kept = (up.address, up.half, down.address, down.half)
+        matrices.kept = (up.address, up.size, down.address, down.size)
     found: tuple[int, int, int, int] = matrices.kept  # type: ignore[assignment]
     return found
 

@@ -64,10 +64,10 @@ def _doubly(logits, iters, eps):  # type: ignore[no-untyped-def]
 
 @entry("eps", "norm_eps")
 def _pre(  # type: ignore[no-untyped-def]
-    x, fn, half, base, scales, norm, iters, eps, norm_eps, rows, width, mixes, y, post, comb
+    x, fn, size, base, scales, norm, iters, eps, norm_eps, rows, width, mixes, y, post, comb
 ):
     streams = _STREAMS * width
-    multiply(x, streams * 4, fn, half, streams, mixes, _MIXES * 4, rows, _MIXES)
+    multiply(x, streams * 4, fn, size, streams, mixes, _MIXES * 4, rows, _MIXES)
     one, small = splat(_ONE), splat(np.float32(eps))
     for t in range(rows):
         x_t, m, y_t = x + t * streams * 4, mixes + t * _MIXES * 4, y + t * width * 4
@@ -111,7 +111,7 @@ def _hyper_pre(
     mixes = torch.empty(rows, _MIXES)
     y, post, comb = torch.empty(rows, width), torch.empty(rows, 4), torch.empty(rows, 4, 4)
     _pre(
-        *(x.data_ptr(), w.address, w.half, base.data_ptr(), scales.data_ptr()),
+        *(x.data_ptr(), w.address, w.size, base.data_ptr(), scales.data_ptr()),
         *(0 if norm_D is None else norm_D.data_ptr(), iters, eps, norm_eps, rows, width),
         *(mixes.data_ptr(), y.data_ptr(), post.data_ptr(), comb.data_ptr()),
     )

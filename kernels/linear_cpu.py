@@ -1,7 +1,8 @@
 """Compiled twins of `linear` and `grouped_linear`.
 
-A matrix is laid out in panels of 16 outputs once, in bf16 where that loses nothing (FP8 and FP4
-weights with their power-of-two scales are bf16 numbers), else in fp32. Every output is one chain of
+A matrix is laid out in panels of 16 outputs once, in the narrowest of three types that
+loses nothing: FP8 (E5M2, which holds FP4 weights with their power-of-two scales), bf16 (FP8
+weights with theirs), fp32. Every output is one chain of
 fused multiply-adds over the inputs in order, so no row depends on how many there are.
 
 Legend: M rows, K inputs, N outputs, G groups.
@@ -26,50 +27,56 @@ _WIDE = "avx512f" in features()
 COLUMNS = 4 if _WIDE else 1
 _ROWS, _THIN_ROWS = ((6, 4, 2, 1), (8, 4, 2, 1)) if _WIDE else ((4, 2, 1), (4, 2, 1))
 _STEP = LANES * COLUMNS
-_wide_half, _wide_full = sweep(_ROWS, COLUMNS, True), sweep(_ROWS, COLUMNS, False)
-_pair_half, _pair_full = sweep(_THIN_ROWS, 2, True), sweep(_THIN_ROWS, 2, False)
-_thin_half, _thin_full = sweep(_THIN_ROWS, 1, True), sweep(_THIN_ROWS, 1, False)
+_wide1, _wide2, _wide4 = (sweep(_ROWS, COLUMNS, size) for size in (1, 2, 4))
+_pair1, _pair2, _pair4 = (sweep(_THIN_ROWS, 2, size) for size in (1, 2, 4))
+_thin1, _thin2, _thin4 = (sweep(_THIN_ROWS, 1, size) for size in (1, 2, 4))
 
 
 @entry()
-def multiply(x, x_step, w, half, inputs, y, y_step, rows, outputs):  # type: ignore[no-untyped-def]
-    """`y = x W` for addresses of rows, of panels (bf16 or fp32) and of results; steps in bytes."""
-    step = inputs * LANES * (2 if half else 4)
+def multiply(x, x_step, w, size, inputs, y, y_step, rows, outputs):  # type: ignore[no-untyped-def]
+    """`y = x W` for addresses of rows, of panels (`size` bytes a weight) and of results."""
+    step = inputs * LANES * size
     n = 0
     while n < outputs:
         at, to, left = w + n // LANES * step, y + n * 4, outputs - n
         if left > _STEP - LANES:
-            if half:
-                _wide_half(x, x_step, at, step, inputs, to, y_step, rows, left)
+            if size == 1:
+                _wide1(x, x_step, at, step, inputs, to, y_step, rows, left)
+            elif size == 2:
+                _wide2(x, x_step, at, step, inputs, to, y_step, rows, left)
             else:
-                _wide_full(x, x_step, at, step, inputs, to, y_step, rows, left)
+                _wide4(x, x_step, at, step, inputs, to, y_step, rows, left)
             n += _STEP
         elif left > LANES:
-            if half:
-                _pair_half(x, x_step, at, step, inputs, to, y_step, rows, left)
+            if size == 1:
+                _pair1(x, x_step, at, step, inputs, to, y_step, rows, left)
+            elif size == 2:
+                _pair2(x, x_step, at, step, inputs, to, y_step, rows, left)
             else:
-                _pair_full(x, x_step, at, step, inputs, to, y_step, rows, left)
+                _pair4(x, x_step, at, step, inputs, to, y_step, rows, left)
             n += 2 * LANES
         else:
-            if half:
-                _thin_half(x, x_step, at, step, inputs, to, y_step, rows, left)
+            if size == 1:
+                _thin1(x, x_step, at, step, inputs, to, y_step, rows, left)
+            elif size == 2:
+                _thin2(x, x_step, at, step, inputs, to, y_step, rows, left)
             else:
-                _thin_full(x, x_step, at, step, inputs, to, y_step, rows, left)
+                _thin4(x, x_step, at, step, inputs, to, y_step, rows, left)
             n += LANES
 
 
 @entry()
 def _grouped(  # type: ignore[no-untyped-def]
-    x, x_step, group_step, w, half, groups, inputs, y, rows, outputs
+    x, x_step, group_step, w, size, groups, inputs, y, rows, outputs
 ):
-    size = (outputs + LANES - 1) // LANES * LANES * inputs * (2 if half else 4)
+    whole = (outputs + LANES - 1) // LANES * LANES * inputs * size
     for g in range(groups):
         to = y + g * outputs * 4
         multiply(
             x + g * group_step,
             x_step,
-            w + g * size,
-            half,
+            w + g * whole,
+            size,
             inputs,
             to,
             groups * outputs * 4,
@@ -82,16 +89,19 @@ _FP32 = torch.float32
 
 
 class Packed:
-    """Panels of a `[..., N, K]` matrix: `address` of the first, and whether they are bf16."""
+    """Panels of a `[..., N, K]` matrix: `address` of the first, and bytes of a weight."""
 
-    __slots__ = ("address", "data", "half", "of", "version")
+    __slots__ = ("address", "data", "of", "size", "version")
 
     def __init__(self, weight: Tensor, forget: Any) -> None:
         padded = F.pad(weight.detach(), (0, 0, 0, -weight.shape[-2] % LANES))
         panels = padded.unflatten(-2, (-1, LANES)).transpose(-1, -2).contiguous()
-        narrow = panels.bfloat16()
-        exact = torch.equal(narrow.float(), panels)
-        self.half, self.data = (1, narrow) if exact else (0, panels)
+        self.size, self.data = 4, panels
+        for dtype in (torch.float8_e5m2, torch.bfloat16):
+            narrow = panels.to(dtype)
+            if torch.equal(narrow.float(), panels):
+                self.size, self.data = narrow.element_size(), narrow
+                break
         self.address = self.data.data_ptr()
         self.of = weakref.ref(weight, forget)
         self.version = None if weight.is_inference() else weight._version
@@ -130,7 +140,7 @@ def _linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
         x_MK.data_ptr(),
         x_step,
         w.address,
-        w.half,
+        w.size,
         inputs,
         y_MN.data_ptr(),
         outputs * 4,
@@ -150,6 +160,6 @@ def _grouped_linear(x_MGK: Tensor, weight_GNK: Tensor) -> Tensor:
     w, y = packed(weight_GNK), torch.empty(rows, groups * outputs)
     steps = x_MGK.stride(0) * 4, x_MGK.stride(1) * 4
     _grouped(
-        x_MGK.data_ptr(), *steps, w.address, w.half, groups, inputs, y.data_ptr(), rows, outputs
+        x_MGK.data_ptr(), *steps, w.address, w.size, groups, inputs, y.data_ptr(), rows, outputs
     )
     return y

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -17,13 +16,12 @@ R = TypeVar("R")
 Supports = Callable[[str], bool]
 
 
-@functools.cache
 def load_twins(device_type: str) -> None:
     """Import the compiled twins, where they can run: seconds the first time on a machine.
 
     A first call does so too; a member does it before others wait for its first step.
     """
-    if device_type != "cpu":
+    if device_type != "cpu" or os.environ.get("WHALEPOD_KERNELS") == "torch":
         return
     compiled = importlib.import_module("whalepod.kernels.compiled")
     if compiled.runs("cpu"):

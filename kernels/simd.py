@@ -69,6 +69,15 @@ def load_bf16_code(builder: Any, address: Any) -> Any:
     return builder.bitcast(wide, VECTOR)
 
 
+def load_e5m2_code(builder: Any, address: Any) -> Any:
+    """Read sixteen FP8 numbers with five bits of exponent: the upper halves of fp16 numbers."""
+    byte = builder.load(pointer(builder, address), typ=ir.VectorType(ir.IntType(8), LANES))
+    byte.align = 1
+    narrow = ir.VectorType(_I16, LANES)
+    wide = builder.shl(builder.zext(byte, narrow), ir.Constant(narrow, [8] * LANES))
+    return builder.fpext(builder.bitcast(wide, ir.VectorType(ir.HalfType(), LANES)), VECTOR)
+
+
 def splat_code(builder: Any, value: Any) -> Any:
     """One number in every lane."""
     one = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), value, ir.Constant(I32, 0))

@@ -21,15 +21,14 @@ def _number(value: int) -> ir.Constant:
     return ir.Constant(I64, value)
 
 
-def _panels(columns: int, half: bool) -> Emit:
+def _panels(columns: int, size: int) -> Emit:
     """Row k of a packed matrix: one vector of each of `columns` panels."""
+    code = {1: simd.load_e5m2_code, 2: simd.load_bf16_code, 4: simd.load_code}[size]
 
     def read(builder: Any, w: Any, w_step: Any, k: Any) -> list[Any]:
-        at = builder.add(w, builder.mul(k, _number(LANES * (2 if half else 4))))
+        at = builder.add(w, builder.mul(k, _number(LANES * size)))
         places = [builder.add(at, builder.mul(w_step, _number(n))) for n in range(columns)]
-        return [
-            (simd.load_bf16_code if half else simd.load_code)(builder, place) for place in places
-        ]
+        return [code(builder, place) for place in places]
 
     return read
 
@@ -92,10 +91,10 @@ def _typed_addresses(count: int, emit: Emit) -> tuple[Any, Callable[..., Any]]:
     return simd.typed(types.void(*[types.int64] * count), emit)
 
 
-def _sweep(builder: Any, sizes: tuple[int, ...], columns: int, half: bool, args: Any) -> None:
+def _sweep(builder: Any, sizes: tuple[int, ...], columns: int, width: int, args: Any) -> None:
     """Emit loops over the rows of x, in tiles of falling size."""
     x, x_step, w, w_step, count, y, y_step, rows, lanes = args
-    read, m, before = _panels(columns, half), _number(0), builder.block
+    read, m, before = _panels(columns, width), _number(0), builder.block
     for size in sizes:
         test, body, following = (builder.append_basic_block(f"rows{size}") for _ in range(3))
         builder.branch(test)
@@ -116,17 +115,17 @@ def _sweep(builder: Any, sizes: tuple[int, ...], columns: int, half: bool, args:
         before = following
 
 
-def sweep(sizes: tuple[int, ...], columns: int, half: bool) -> Any:
+def sweep(sizes: tuple[int, ...], columns: int, width: int) -> Any:
     """Make a function that multiplies rows by `columns` panels of a packed matrix.
 
     Its arguments: x, bytes between rows of x, the first panel, bytes between panels, the number of
     inputs (at least 1), y, bytes between rows of y, how many rows, and how many outputs to write. A
-    panel holds `[inputs, 16]` numbers: bf16 with `half`, else fp32. So many rows are taken at a
-    time as `sizes` says, which ends with 1; it changes no result.
+    panel holds `[inputs, 16]` numbers of `width` bytes: FP8 (E5M2), bf16 or fp32. So many rows are
+    taken at a time as `sizes` says, which ends with 1; it changes no result.
     """
 
     def emit(builder: Any, *args: Any) -> None:
-        _sweep(builder, sizes, columns, half, args)
+        _sweep(builder, sizes, columns, width, args)
 
     def typing(
         context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any
