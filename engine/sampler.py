@@ -15,7 +15,7 @@ from torch import Tensor
 
 from whalepod.engine.adjust import adjusted
 from whalepod.engine.request import Sampling
-from whalepod.kernels.draw import best_tokens
+from whalepod.kernels.draw import best_tokens, ranked
 
 _MASK = (1 << 64) - 1
 
@@ -80,8 +80,8 @@ def draw(logits_V: Tensor, settings: Sampling, position: int) -> int:
 
     Candidates are taken in the order of (-logit, id), in fp64, so equal logits give equal tokens.
     """
-    scaled = logits_V.double() / settings.temperature
-    ordered, ids = torch.sort(scaled, descending=True, stable=True)
+    ids = ranked(logits_V)
+    ordered = logits_V[ids].double() / settings.temperature
     if settings.min_p:
         # Probabilities of at least min_p times the best one's; the best is always among them.
         keep = int((ordered >= ordered[0] + math.log(settings.min_p)).sum())

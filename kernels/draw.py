@@ -1,4 +1,4 @@
-"""The best token of each row of logits, and what its log-probabilities are measured from.
+"""The best token of each row of logits with its norm, and all tokens of a row by rank.
 
 Legend: N rows, V vocabulary.
 """
@@ -18,3 +18,12 @@ def best_tokens(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
         `[N]` int64 and `[N]` fp32.
     """
     return logits_NV.argmax(-1), logits_NV.logsumexp(-1)
+
+
+@Kernel
+def ranked(logits_V: Tensor) -> Tensor:
+    """Return the places of `[V]` fp32 logits from the largest to the smallest, `[V]` int64.
+
+    Among equals the first comes first.
+    """
+    return logits_V.sort(descending=True, stable=True).indices

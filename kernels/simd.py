@@ -195,6 +195,12 @@ def get_int(builder: Any, address: Any) -> Any:
     return builder.load(pointer(builder, address), typ=I64)
 
 
+@_one(types.int64, types.int64)
+def get_bits(builder: Any, address: Any) -> Any:
+    """Read the bits of one number."""
+    return builder.zext(builder.load(pointer(builder, address), typ=I32), I64)
+
+
 @_two(types.void, types.int64, types.int64)
 def put_int(builder: Any, address: Any, value: Any) -> None:
     """Write one 64-bit integer."""

@@ -19,7 +19,7 @@ from whalepod.kernels import compiled
 from whalepod.kernels.attend import Listed, Rows, attend, keep_rows
 from whalepod.kernels.choose import choose_entries
 from whalepod.kernels.combine import combine
-from whalepod.kernels.draw import best_tokens
+from whalepod.kernels.draw import best_tokens, ranked
 from whalepod.kernels.experts import run_pairs
 from whalepod.kernels.hyper import hyper_post, hyper_pre
 from whalepod.kernels.linear import grouped_linear, linear
@@ -64,7 +64,7 @@ def check(
 
 OPERATIONS = (
     *(attend, best_tokens, choose_entries, choose_experts, combine, grouped_linear, hyper_post),
-    *(hyper_pre, keep_rows, linear, norm_rotate, pool_entries, rms_norm, run_pairs, swiglu),
+    *(hyper_pre, keep_rows, linear, norm_rotate, pool_entries, ranked, rms_norm, run_pairs, swiglu),
 )
 
 
@@ -346,3 +346,15 @@ def test_machine_code_lies_where_only_the_user_writes(
         assert folder() is None
     finally:
         compiled.cache_folder.cache_clear()
+
+
+def test_rank_of_tokens() -> None:
+    edges = [0.0, -0.0, float("inf"), float("-inf"), 1e-45, -1e-45, 3e38, -3e38]
+    for x in (
+        torch.tensor(edges * 3),
+        (random(4099) * 4).round(),
+        random(1),
+        random(0),
+        random(999),
+    ):
+        assert torch.equal(ranked(x), ranked.reference(x))
