@@ -65,26 +65,6 @@ def multiply(x, x_step, w, size, inputs, y, y_step, rows, outputs):  # type: ign
             n += LANES
 
 
-@entry()
-def _grouped(  # type: ignore[no-untyped-def]
-    x, x_step, group_step, w, size, groups, inputs, y, rows, outputs
-):
-    whole = (outputs + LANES - 1) // LANES * LANES * inputs * size
-    for g in range(groups):
-        to = y + g * outputs * 4
-        multiply(
-            x + g * group_step,
-            x_step,
-            w + g * whole,
-            size,
-            inputs,
-            to,
-            groups * outputs * 4,
-            rows,
-            outputs,
-        )
-
-
 _FP32 = torch.float32
 
 
@@ -158,8 +138,11 @@ def _grouped_linear(x_MGK: Tensor, weight_GNK: Tensor) -> Tensor:
         x_MGK = x_MGK.contiguous()
     (rows, groups, inputs), outputs = x_MGK.shape, weight_GNK.shape[1]
     w, y = packed(weight_GNK), torch.empty(rows, groups * outputs)
-    steps = x_MGK.stride(0) * 4, x_MGK.stride(1) * 4
-    _grouped(
-        x_MGK.data_ptr(), *steps, w.address, w.size, groups, inputs, y.data_ptr(), rows, outputs
-    )
+    panels = -(-outputs // LANES) * LANES * inputs * w.size
+    for g in range(groups):
+        multiply(
+            *(x_MGK.data_ptr() + g * x_MGK.stride(1) * 4, x_MGK.stride(0) * 4),
+            *(w.address + g * panels, w.size, inputs),
+            *(y.data_ptr() + g * outputs * 4, groups * outputs * 4, rows, outputs),
+        )
     return y
