@@ -91,3 +91,15 @@ def keep_rows(ring_NWD: Tensor, new_TD: Tensor, rows: Rows, count: int) -> None:
     few = slice(0, count)
     at = rows.position_T[few] % ring_NWD.shape[1]
     ring_NWD[rows.slot_T[few], at] = new_TD[few].to(ring_NWD.dtype)
+
+
+@Kernel
+def write_ring(rings: Tensor, slot: int, start: int, values: Tensor) -> None:
+    """Write `values`, one row a position from `start` on, into the ring of a slot.
+
+    Args:
+        rings: `[N, R, ...]`, addressed by position modulo R; at most R values are written.
+    """
+    size = rings.shape[1]
+    at = torch.arange(start, start + len(values), device=rings.device) % size
+    rings[slot, at] = values.to(rings.dtype)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whalepod.kernels.attend import Listed, Rows, attend, keep_rows
+from whalepod.kernels.attend import Listed, Rows, attend, keep_rows, write_ring
 from whalepod.kernels.compiled import compiled, entry, runs
 from whalepod.kernels.linear_cpu import COLUMNS, plain
 from whalepod.kernels.rotary_cpu import turn
@@ -213,3 +213,22 @@ def _keep_rows(ring_NWD: Tensor, new_TD: Tensor, rows: Rows, count: int) -> None
         return
     places = rows.slot_T.data_ptr(), rows.position_T.data_ptr()
     _keep(ring_NWD.data_ptr(), new_TD.data_ptr(), step, *places, count, window, width)
+
+
+@entry()
+def _write(ring, values, step, start, count, size, width):  # type: ignore[no-untyped-def]
+    for i in range(count):
+        to = ring + (start + i) % size * width * 4
+        for b in range(0, width * 4, _BYTES):
+            store(to + b, load(values + i * step + b))
+
+
+@write_ring.twin("compiled", runs)
+def _write_ring(rings: Tensor, slot: int, start: int, values: Tensor) -> None:
+    row = values[:1]
+    width = row.numel()
+    if width % LANES or not row.is_contiguous() or not plain(rings, values):
+        write_ring.reference(rings, slot, start, values)
+        return
+    ring, size = rings.data_ptr() + slot * rings.stride(0) * 4, rings.shape[1]
+    _write(ring, values.data_ptr(), values.stride(0) * 4, start, len(values), size, width)

@@ -59,6 +59,21 @@ def hyper_pre(
 
 
 @Kernel
+def hyper_head(
+    x_TCD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
+) -> Tensor:
+    """Collapse the streams for the last time, `[T, C, D]` to `[T, D]` in the same dtype.
+
+    Args:
+        fn: `[C, C*D]` fp32. base: `[C]`. scale: `[1]`.
+        eps: added to the weights. norm_eps: of the norm over all streams.
+    """
+    wide_TCD, mixes_TC = project(x_TCD, fn, norm_eps)
+    weight_TC = sigmoid(mixes_TC * scale + base) + eps
+    return torch.bmm(weight_TC.unsqueeze(1), wide_TCD).squeeze(1).to(x_TCD.dtype)
+
+
+@Kernel
 def hyper_post(
     f_TD: Tensor, x_TCD: Tensor, post_TC: Tensor, comb_TCC: Tensor, more_TD: Tensor | None = None
 ) -> Tensor:

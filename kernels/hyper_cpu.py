@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.compiled import compiled, entry, runs
-from whalepod.kernels.hyper import hyper_post, hyper_pre
+from whalepod.kernels.hyper import hyper_head, hyper_post, hyper_pre
 from whalepod.kernels.linear_cpu import multiply, packed, plain
 from whalepod.kernels.simd import (
     LANES,
@@ -22,6 +22,7 @@ from whalepod.kernels.simd import (
     get,
     load,
     mul,
+    put,
     row_largest,
     row_sums,
     splat,
@@ -116,6 +117,50 @@ def _hyper_pre(
         *(mixes.data_ptr(), y.data_ptr(), post.data_ptr(), comb.data_ptr()),
     )
     return y, post, comb
+
+
+@entry("factor", "eps", "norm_eps")
+def _head(  # type: ignore[no-untyped-def]
+    x, fn, size, base, factor, eps, norm_eps, rows, width, mixes, y
+):
+    """`mixes` has room for 16 numbers beyond those of the rows."""
+    streams = _STREAMS * width
+    multiply(x, streams * 4, fn, size, streams, mixes, _STREAMS * 4, rows, _STREAMS)
+    one, small, room = splat(_ONE), splat(np.float32(eps)), mixes + rows * _STREAMS * 4
+    for t in range(rows):
+        x_t, y_t = x + t * streams * 4, y + t * width * 4
+        scale = _ONE / np.sqrt(mean_square(x_t, streams) + np.float32(norm_eps))
+        for k in range(_STREAMS):
+            mix = get(mixes + (t * _STREAMS + k) * 4) * scale * np.float32(factor)
+            put(room + k * 4, mix + get(base + k * 4))
+        store(room, add(div(one, add(one, exp(sub(splat(_ZERO), load(room))))), small))
+        p0, p1, p2, p3 = (
+            splat(get(room)),
+            splat(get(room + 4)),
+            splat(get(room + 8)),
+            splat(get(room + 12)),
+        )
+        for d in range(0, width * 4, _BYTES):
+            s = mul(p0, load(x_t + d))
+            s = fma(p1, load(x_t + width * 4 + d), s)
+            s = fma(p2, load(x_t + width * 8 + d), s)
+            store(y_t + d, fma(p3, load(x_t + width * 12 + d), s))
+
+
+@hyper_head.twin("compiled", runs)
+def _hyper_head(
+    x_TCD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
+) -> Tensor:
+    rows, streams, width = x_TCD.shape
+    if streams != _STREAMS or width % LANES or not plain(x_TCD, fn, base, scale):
+        return hyper_head.reference(x_TCD, fn, base, scale, eps, norm_eps)
+    x, w = x_TCD.contiguous(), packed(fn)
+    mixes, y = torch.zeros(rows * _STREAMS + LANES), torch.empty(rows, width)
+    _head(
+        *(x.data_ptr(), w.address, w.size, base.data_ptr(), scale.item(), eps, norm_eps),
+        *(rows, width, mixes.data_ptr(), y.data_ptr()),
+    )
+    return y
 
 
 @entry()

@@ -90,7 +90,7 @@ class Kernel(Generic[P, R]):
         """Run the implementation picked for the first argument's device."""
         first = args[0]
         assert isinstance(first, Tensor)
-        kind = first.device.type
+        kind = "cpu" if first.is_cpu else first.device.type
         function = self._picked.get(kind)
         if function is None:
             function = self._picked[kind] = self.pick(kind)

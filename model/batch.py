@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from whalepod.kernels.attend import Listed
+from whalepod.kernels.attend import Listed, write_ring
 from whalepod.model.layout import Layout
 from whalepod.model.rope import turns
 
@@ -215,7 +215,8 @@ class Batch:
         for rings, positions, values in writes:
             stop, size = len(values) if rows is None else rows, rings.shape[1]
             first = max(0, stop - size)
-            rings[slot, positions[first:stop] % size] = values[first:stop]
+            if stop > first:
+                write_ring(rings, slot, int(positions[first]), values[first:stop])
 
     def _make_view(self, ratio: int) -> DecodeView:
         per = self.block_tokens // ratio

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from whalepod.kernels.activation import sigmoid
-from whalepod.kernels.hyper import hyper_post, hyper_pre, project
+from whalepod.kernels.hyper import hyper_head, hyper_post, hyper_pre
 from whalepod.kernels.sinkhorn import sinkhorn
 from whalepod.model.shape import ModelConfig
 
@@ -86,6 +85,6 @@ class HyperHead:
 
     def __call__(self, x_TCD: Tensor) -> Tensor:
         """`[T, C, D]` -> `[T, D]` in the same dtype."""
-        wide_TCD, mixes_TC = project(x_TCD, self.fn, self.config.rms_norm_eps)
-        weight_TC = sigmoid(mixes_TC * self.scale + self.base) + self.config.hc_eps
-        return torch.bmm(weight_TC.unsqueeze(1), wide_TCD).squeeze(1).to(x_TCD.dtype)
+        config = self.config
+        eps, norm_eps = config.hc_eps, config.rms_norm_eps
+        return hyper_head(x_TCD, self.fn, self.base, self.scale, eps, norm_eps)

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from whalepod.errors import KernelUnavailable
 from whalepod.kernels import compiled
-from whalepod.kernels.attend import Listed, Rows, attend, keep_rows
+from whalepod.kernels.attend import Listed, Rows, attend, keep_rows, write_ring
 from whalepod.kernels.choose import choose_entries
 from whalepod.kernels.combine import combine
 from whalepod.kernels.draw import best_tokens, ranked
 from whalepod.kernels.experts import run_pairs
-from whalepod.kernels.hyper import hyper_post, hyper_pre
+from whalepod.kernels.hyper import hyper_head, hyper_post, hyper_pre
 from whalepod.kernels.linear import grouped_linear, linear
 from whalepod.kernels.pool import pool_entries
 from whalepod.kernels.registry import Kernel
@@ -63,8 +63,28 @@ def check(
 
 
 OPERATIONS = (
-    *(attend, best_tokens, choose_entries, choose_experts, combine, grouped_linear, hyper_post),
-    *(hyper_pre, keep_rows, linear, norm_rotate, pool_entries, ranked, rms_norm, run_pairs, swiglu),
+    *(
+        attend,
+        best_tokens,
+        choose_entries,
+        choose_experts,
+        combine,
+        grouped_linear,
+        hyper_head,
+        hyper_post,
+    ),
+    *(
+        hyper_pre,
+        keep_rows,
+        linear,
+        norm_rotate,
+        pool_entries,
+        ranked,
+        rms_norm,
+        run_pairs,
+        swiglu,
+        write_ring,
+    ),
 )
 
 
@@ -358,3 +378,19 @@ def test_rank_of_tokens() -> None:
         random(999),
     ):
         assert torch.equal(ranked(x), ranked.reference(x))
+
+
+def test_the_last_collapse() -> None:
+    fn, base, scale = random(4, 192) / 6, random(4, seed=1), torch.tensor([1.7])
+    check(hyper_head, [random(9, 4, 48, seed=2)], [fn, base, scale, 1e-6, 1e-6], 1e-4)
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 1), (13, 5), (16, 16), (7, 16), (3, 0)])
+def test_rows_go_round_the_ring(start: int, count: int) -> None:
+    values = random(16, 2, 40)[:, :, 8:24][:count]
+    for part in (values, values.contiguous()):
+        got, want = random(3, 16, 2, 16, seed=1), random(3, 16, 2, 16, seed=1)
+        write_ring(got, 1, start, part)
+        write_ring.reference(want, 1, start, part)
+        assert torch.equal(got, want)
+        assert count == 0 or torch.equal(got[1, start % 16], values[0])
