@@ -177,8 +177,10 @@ def _attend_rows(
 ) -> Tensor:
     count, heads, width = q_THD.shape
     pairs, window = turns_TP.shape[-1], ring_NWD.shape[1]
-    if width % LANES or not plain(q_THD, new_TD, ring_NWD, sink_H):
+    whole = ring_NWD.is_contiguous() and (entries_FD is None or entries_FD.is_contiguous())
+    if width % LANES or not whole or not plain(q_THD, new_TD, ring_NWD, sink_H):
         return attend.reference(q_THD, new_TD, ring_NWD, rows, entries_FD, listed, sink_H, turns_TP)
+    turns_TP = turns_TP.contiguous()
     q, y = q_THD.contiguous(), torch.empty(count, heads, width)
     new = new_TD if new_TD.stride(1) == 1 else new_TD.contiguous()
     pool, places = 0, (0, 0, 0)

@@ -93,13 +93,13 @@ def _run(  # type: ignore[no-untyped-def]
                 copy_row(x_room + m * width * 4, y + n * width * 4, width)
 
 
-def _row(matrices: Matrices) -> tuple[int, int, int, int]:
-    """Addresses and kinds of both matrices' panels; they live as long as the matrices."""
+def _row(matrices: Matrices) -> tuple[int, ...]:
+    """Addresses and sizes of both matrices' panels, which are kept for as long as they are used."""
     if matrices.kept is None:
         up, down = packed(matrices.w13), packed(matrices.w2)
-        matrices.kept = (up.address, up.size, down.address, down.size)
-    found: tuple[int, int, int, int] = matrices.kept  # type: ignore[assignment]
-    return found
+        matrices.kept = (up.address, up.size, down.address, down.size), (up, down)
+    row: tuple[int, ...] = matrices.kept[0]  # type: ignore[index]
+    return row
 
 
 @run_pairs.twin("compiled", runs)

@@ -123,7 +123,8 @@ def _pool_entries(
     entries_FD: Tensor,
 ) -> None:
     (count, _, channels), width, pairs = projected_T2C.shape, entries_FD.shape[1], turns_TP.shape[1]
-    whole = projected_T2C.stride()[1:] == (channels, 1)
+    whole = projected_T2C.stride()[1:] == (channels, 1) and raw_NR2C.is_contiguous()
+    turns_TP = turns_TP.contiguous()
     if width % LANES or not whole or not plain(projected_T2C, entries_FD):
         pool_entries.reference(
             *(projected_T2C, ape_JC, raw_NR2C, rows, decoding, closed_T, norm_D, turns_TP, eps),
