@@ -15,6 +15,7 @@ from torch import Tensor
 
 from whalepod.engine.adjust import adjusted
 from whalepod.engine.request import Sampling
+from whalepod.kernels.draw import best_tokens, ranked
 
 _MASK = (1 << 64) - 1
 
@@ -56,7 +57,8 @@ def sample(
     Returns:
         one `Drawn` a row. Greedy ties go to the lowest id.
     """
-    greedy = logits_NV.argmax(-1).tolist()
+    best_N, norm_N = best_tokens(logits_NV)
+    greedy = best_N.tolist()
     tokens = []
     for i, s in enumerate(settings):
         row = None
@@ -69,7 +71,7 @@ def sample(
         else:
             tokens.append(draw(logits_NV[i] if row is None else row, s, positions[i]))
     at = torch.tensor(tokens, device=logits_NV.device).unsqueeze(-1)
-    chosen = logits_NV.gather(1, at).squeeze(1) - logits_NV.logsumexp(-1)
+    chosen = logits_NV.gather(1, at).squeeze(1) - norm_N
     return [Drawn(t, p) for t, p in zip(tokens, chosen.tolist(), strict=True)]
 
 
@@ -78,8 +80,8 @@ def draw(logits_V: Tensor, settings: Sampling, position: int) -> int:
 
     Candidates are taken in the order of (-logit, id), in fp64, so equal logits give equal tokens.
     """
-    scaled = logits_V.double() / settings.temperature
-    ordered, ids = torch.sort(scaled, descending=True, stable=True)
+    ids = ranked(logits_V)
+    ordered = logits_V[ids].double() / settings.temperature
     if settings.min_p:
         # Probabilities of at least min_p times the best one's; the best is always among them.
         keep = int((ordered >= ordered[0] + math.log(settings.min_p)).sum())

@@ -10,6 +10,7 @@ from whalepod.engine.drafter import Drafter
 from whalepod.engine.expert import ExpertShard
 from whalepod.engine.router import Router
 from whalepod.errors import ConfigError
+from whalepod.kernels.registry import load_twins
 from whalepod.model.checkpoint import Checkpoint
 from whalepod.model.expert import Expert
 from whalepod.model.fidelity import Fidelity
@@ -37,6 +38,7 @@ class Source:
         self.config: ModelConfig = checkpoint.config
         self.dtype = DTYPES[model.dtype]
         self.fidelity = Fidelity(model.fidelity)
+        load_twins(self.device.type)
 
     def gate(self, layer: int) -> Gate:
         """Read one layer's gate."""

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whalepod.kernels.attend import attend, keep_rows
 from whalepod.kernels.linear import grouped_linear, linear
 from whalepod.kernels.rms_norm import rms_norm
+from whalepod.kernels.rotary import norm_rotate
 from whalepod.kernels.select import select
 from whalepod.kernels.sink_attention import sink_attention
 from whalepod.model.batch import Batch, Span
@@ -65,6 +67,11 @@ class Attention:
             self.indexer = Indexer(config, layer, w, "indexer", freqs, dtype, fidelity)
             self.w_up = torch.cat([self.w_up, self.indexer.wq_b])
             raw += [self.indexer.compressor.weight, self.indexer.weights_proj]
+        self.wq_b, width = w["wq_b.weight"], w["wq_b.weight"].shape[0]
+        if self.indexer is not None:
+            self.wq_b, self.w_index = self.w_up[:width], self.w_up[width:]
+        # One operation over all rows, where nothing is rounded on the way.
+        self.exact = dtype == torch.float32 and not fidelity.released
         # These take the unrounded input and stay in fp32.
         self.w_raw = torch.cat(raw) if raw else None
         self.raw_sizes = [part.shape[0] for part in raw]
@@ -85,6 +92,8 @@ class Attention:
         )
         low = fidelity.linear_input(rms_norm(low, self.q_norm, config.rms_norm_eps))
         turns = batch.turns(self.freqs)
+        if self.exact and attend.has_twin(x_TD.device.type):
+            return self._project(self._rowwise(x_TD, low, kv, turns, batch, cache))
         kv = self._round_kv(rotate_(rms_norm(kv, self.kv_norm, config.rms_norm_eps), turns))
         up = linear(low, self.w_up)
         width = config.num_attention_heads * config.head_dim
@@ -96,9 +105,43 @@ class Attention:
             out[: batch.decoding] = self._decode(q, kv, picked, batch, cache)
         for span in batch.chunks:
             out[span.rows] = self._chunk(q, kv, picked, span, batch, cache)
-        rotate_(out, turns, inverse=True)
+        return self._project(rotate_(out, turns, inverse=True))
+
+    def _project(self, out: Tensor) -> Tensor:
+        """Heads `[T, H, D]` back to the hidden width."""
+        config, fidelity = self.config, self.fidelity
         grouped = grouped_linear(out.flatten(1).unflatten(1, (config.o_groups, -1)), self.wo_a)
         return linear(fidelity.linear_input(grouped), self.wo_b)
+
+    def _rowwise(
+        self,
+        x_TD: Tensor,
+        low: Tensor,
+        kv: Tensor,
+        turns: Tensor,
+        batch: Batch,
+        cache: LayerCache,
+    ) -> Tensor:
+        """Attend with decoding rows and chunks in the same operations, `[T, H, D]`."""
+        config, eps, rows = self.config, self.config.rms_norm_eps, batch.layout.rows
+        kv = norm_rotate(kv.unsqueeze(1), self.kv_norm, turns, eps).squeeze(1)
+        heads = (config.num_attention_heads, config.head_dim)
+        q = norm_rotate(linear(low, self.wq_b).unflatten(-1, heads), None, turns, eps)
+        entries, listed = None, None
+        if self.compressor is not None and cache.main is not None and self.w_raw is not None:
+            parts = linear(x_TD, self.w_raw).split(self.raw_sizes, dim=-1)
+            self.compressor.update_rows(parts[0], batch, cache.main)
+            entries, listed = cache.main.entries, batch.entries(self.ratio)[0]
+            if self.indexer is not None and cache.index is not None:
+                self.indexer.compressor.update_rows(parts[1], batch, cache.index)
+                if listed.most > self.indexer.topk:
+                    raw = linear(low, self.w_index)
+                    listed = self.indexer.pick(raw, parts[2], turns, cache.index.entries, listed)
+        out = attend(q, kv, cache.window, rows, entries, listed, self.sink_H, turns)
+        keep_rows(cache.window, kv, rows, batch.decoding)
+        for span in batch.chunks:
+            batch.write_later(span.slot, cache.window, batch.positions_T[span.rows], kv[span.rows])
+        return out
 
     def _round_kv(self, x: Tensor) -> Tensor:
         return self.fidelity.kv(x, self.config.qk_rope_head_dim)

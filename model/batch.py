@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from whalepod.kernels.attend import Listed, write_ring
+from whalepod.model.layout import Layout
 from whalepod.model.rope import turns
 
 # Rings of all slots, positions of rows, and the rows.
@@ -86,6 +88,9 @@ class Batch:
     _turns: dict[int, Tensor] = field(init=False, default_factory=dict)
     _tables: dict[tuple[int, int], Tensor] = field(init=False, default_factory=dict)
     _writes: dict[int, list[Write]] = field(init=False, default_factory=dict)
+    _layout: Layout | None = field(init=False, default=None)
+    _entries: dict[int, tuple[Listed, Tensor, bool]] = field(init=False, default_factory=dict)
+    _window_turns: dict[tuple[int, int], Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Count the decoding spans, which must come first."""
@@ -131,6 +136,30 @@ class Batch:
         found = self._turns.get(id(freqs))
         if found is None:
             found = self._turns[id(freqs)] = turns(self.positions_T, freqs)
+        return found
+
+    @property
+    def layout(self) -> Layout:
+        """Where all rows belong, made once per pass."""
+        if self._layout is None:
+            placed = [(s.slot, s.start, s.row, s.count, s.blocks) for s in self.spans]
+            self._layout = Layout(placed, self.positions_T, self.block_tokens)
+        return self._layout
+
+    def entries(self, ratio: int) -> tuple[Listed, Tensor, bool]:
+        """See `Layout.entries`; made once per pass."""
+        found = self._entries.get(ratio)
+        if found is None:
+            found = self._entries[ratio] = self.layout.entries(ratio)
+        return found
+
+    def window_turns(self, freqs: Tensor, ratio: int) -> Tensor:
+        """Rotations of the first position of the window that each row ends, `[T, P]`."""
+        key = (id(freqs), ratio)
+        found = self._window_turns.get(key)
+        if found is None:
+            first_T = (self.positions_T - ratio + 1).clamp_min(0)
+            found = self._window_turns[key] = turns(first_T, freqs)
         return found
 
     def decode_view(self, ratio: int) -> DecodeView:
@@ -186,7 +215,8 @@ class Batch:
         for rings, positions, values in writes:
             stop, size = len(values) if rows is None else rows, rings.shape[1]
             first = max(0, stop - size)
-            rings[slot, positions[first:stop] % size] = values[first:stop]
+            if stop > first:
+                write_ring(rings, slot, int(positions[first]), values[first:stop])
 
     def _make_view(self, ratio: int) -> DecodeView:
         per = self.block_tokens // ratio

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from whalepod.kernels.pool import pool_entries, pooled
 from whalepod.kernels.rms_norm import rms_norm
 from whalepod.model.batch import Batch, Span
 from whalepod.model.cache import Compressed
@@ -64,6 +65,19 @@ class Compressor:
         for span in batch.chunks:
             self._chunk(rows[span.rows], span, batch, state)
 
+    def update_rows(self, projected: Tensor, batch: Batch, state: Compressed) -> None:
+        """As `update`, for all rows in one operation; nothing is rounded."""
+        rows = projected.unflatten(-1, (2, self.coff * self.dim))
+        _, closed_T, some = batch.entries(self.ratio)
+        turns_TP = batch.window_turns(self.freqs, self.ratio) if some else batch.turns(self.freqs)
+        pool_entries(
+            *(rows, self.ape_JC, state.raw, batch.layout.rows, batch.decoding, closed_T),
+            *(self.norm_D, turns_TP, self.eps, state.entries),
+        )
+        for span in batch.chunks:
+            positions = batch.positions_T[span.rows]
+            batch.write_later(span.slot, state.raw, positions, rows[span.rows])
+
     def _decode(self, rows: Tensor, batch: Batch, state: Compressed) -> None:
         view, ring = batch.decode_view(self.ratio), state.raw.shape[1]
         rows[:, 1] += self.ape_JC[view.phase_D]
@@ -102,17 +116,6 @@ class Compressor:
 
     def _entries(self, window: Tensor, starts: Tensor | None, positions: Tensor) -> Tensor:
         """Pool `[X, J, 2, coff*D]` into `[X, D]`; `starts` marks windows with no predecessor."""
-        if self.overlap:
-            half = self.ratio
-            window = torch.cat(
-                [window[:, :half, :, : self.dim], window[:, half:, :, self.dim :]], dim=1
-            )
-        values, logits = window.unbind(2)
-        if starts is not None:
-            absent = starts.view(-1, 1, 1) & (
-                torch.arange(logits.shape[1], device=logits.device) < self.ratio
-            ).view(1, -1, 1)
-            logits = logits.masked_fill(absent, float("-inf"))
-        pooled = (torch.softmax(logits, dim=1) * values).sum(1)
-        entries = rms_norm(pooled.to(self.dtype), self.norm_D, self.eps)
+        summed = pooled(window, starts, self.dim)
+        entries = rms_norm(summed.to(self.dtype), self.norm_D, self.eps)
         return self.finish(rotate_(entries, turns(positions, self.freqs)))

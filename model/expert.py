@@ -35,7 +35,7 @@ class Expert:
         self, w1: Tensor, w2: Tensor, w3: Tensor, limit: float, fidelity: Fidelity
     ) -> None:
         self.w13, self.w2 = torch.cat([w1, w3]), w2
-        self.w13_t, self.w2_t = self.w13.t(), self.w2.t()
+        self.kept: object = None  # see `kernels.experts.Matrices`
         self.limit, self.fidelity = limit, fidelity
 
     @property

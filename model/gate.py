@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from whalepod.kernels.activation import sqrt_softplus
 from whalepod.kernels.linear import linear
+from whalepod.kernels.routes import choose_experts
 from whalepod.model.shape import ModelConfig
 
 
@@ -63,14 +63,8 @@ class Gate:
             x_TD: `[T, D]`, the block input after `ffn_norm`.
             token_ids_T: `[T]` int64; read in hash layers. Ids outside the vocabulary are clamped.
         """
-        scores_TE = sqrt_softplus(linear(x_TD.float(), self.weight_ED))
+        logits_TE, given_TK = linear(x_TD.float(), self.weight_ED), None
         if self.table_VK is not None:
-            ids = token_ids_T.clamp(0, self.table_VK.shape[0] - 1)
-            experts_TK = self.table_VK[ids]
-        else:
-            assert self.bias_E is not None
-            biased = scores_TE + self.bias_E
-            experts_TK = biased.topk(self.config.num_experts_per_tok, dim=-1).indices
-        weights_TK = scores_TE.gather(1, experts_TK)
-        total = weights_TK.sum(-1, keepdim=True).clamp_min(1e-20)
-        return Routes(experts_TK, weights_TK * (self.config.routed_scaling_factor / total))
+            given_TK = self.table_VK[token_ids_T.clamp(0, self.table_VK.shape[0] - 1)]
+        count, factor = self.config.num_experts_per_tok, self.config.routed_scaling_factor
+        return Routes(*choose_experts(logits_TE, self.bias_E, given_TK, count, factor))

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whalepod.kernels.attend import Listed
+from whalepod.kernels.choose import choose_entries
+from whalepod.kernels.rotary import norm_rotate
 from whalepod.kernels.select import select
 from whalepod.model.batch import Batch
 from whalepod.model.cache import Compressed
@@ -56,6 +59,14 @@ class Indexer:
         """Rotate (and in `released` round) the raw queries `[T, H * I]`; returns `[T, H, I]`."""
         heads = q.unflatten(-1, (self.config.index_n_heads, self.config.index_head_dim))
         return self.fidelity.index(rotate_(heads, batch.turns(self.freqs)))
+
+    def pick(
+        self, raw: Tensor, gate_TH: Tensor, turns: Tensor, keys_FI: Tensor, listed: Listed
+    ) -> Listed:
+        """Choose among the entries that each row sees; `raw` holds unrotated queries `[T, H * I]`."""
+        heads = raw.unflatten(-1, (self.config.index_n_heads, self.config.index_head_dim))
+        q_THI = norm_rotate(heads, None, turns, -1.0)
+        return choose_entries(q_THI, gate_TH * self.scale, keys_FI, listed, self.topk)
 
     def score(self, q_BMHI: Tensor, gate_BMH: Tensor, keys_BEI: Tensor) -> Tensor:
         """Score entries, `[B, M, E]` fp32; the caller masks what a query may not see."""

@@ -10,20 +10,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from whalepod.kernels.activation import sigmoid
-from whalepod.kernels.linear import linear
+from whalepod.kernels.hyper import hyper_head, hyper_post, hyper_pre
 from whalepod.kernels.sinkhorn import sinkhorn
 from whalepod.model.shape import ModelConfig
 
 __all__ = ["HyperConnection", "HyperHead", "hc_post", "hc_pre", "sinkhorn"]
-
-
-def _project(x_TCD: Tensor, fn: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the streams in fp32 and their projection scaled by one RMS over all streams."""
-    wide = x_TCD.float()
-    flat = wide.flatten(1)
-    rms_T1 = torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
-    return wide, linear(flat, fn) * rms_T1
 
 
 def hc_pre(
@@ -43,25 +34,22 @@ def hc_pre(
     """
     streams = config.hc_mult
     sizes = torch.tensor([streams, streams, streams * streams], device=scale.device)
-    return _pre(x_TCD, fn, base, scale.repeat_interleave(sizes), config)
+    return _pre(x_TCD, fn, base, scale.repeat_interleave(sizes), None, config)
 
 
 def _pre(
-    x_TCD: Tensor, fn: Tensor, base: Tensor, scales: Tensor, config: ModelConfig
+    x_TCD: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scales: Tensor,
+    norm_D: Tensor | None,
+    config: ModelConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`hc_pre` with the three scales already spread over the outputs."""
-    streams = config.hc_mult
-    wide_TCD, mixes = _project(x_TCD, fn, config.rms_norm_eps)
-    mixes = mixes * scales + base
-    gates = sigmoid(mixes[:, : 2 * streams])
-    comb = sinkhorn(
-        mixes[:, 2 * streams :].unflatten(-1, (streams, streams)),
-        config.hc_sinkhorn_iters,
-        config.hc_eps,
+    """`hc_pre` with the three scales already spread over the outputs, and the block's norm."""
+    return hyper_pre(
+        *(x_TCD, fn, base, scales, norm_D),
+        *(config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps),
     )
-    pre = gates[:, :streams] + config.hc_eps
-    y_TD = torch.bmm(pre.unsqueeze(1), wide_TCD).squeeze(1)
-    return y_TD.to(x_TCD.dtype), 2 * gates[:, streams:], comb
 
 
 def hc_post(f_TD: Tensor, x_TCD: Tensor, post_TC: Tensor, comb_TCC: Tensor) -> Tensor:
@@ -70,8 +58,7 @@ def hc_post(f_TD: Tensor, x_TCD: Tensor, post_TC: Tensor, comb_TCC: Tensor) -> T
     Returns:
         `[T, C, D]` in the dtype of `x_TCD`. The sum runs over the first index of `comb_TCC`.
     """
-    spread = post_TC.unsqueeze(-1) * f_TD.float().unsqueeze(1)
-    return torch.baddbmm(spread, comb_TCC.transpose(1, 2), x_TCD.float()).to(x_TCD.dtype)
+    return hyper_post(f_TD, x_TCD, post_TC, comb_TCC)
 
 
 class HyperConnection:
@@ -84,9 +71,9 @@ class HyperConnection:
         sizes = torch.tensor([streams, streams, streams * streams], device=scale.device)
         self.scales = scale.repeat_interleave(sizes)
 
-    def pre(self, x_TCD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `hc_pre`."""
-        return _pre(x_TCD, self.fn, self.base, self.scales, self.config)
+    def pre(self, x_TCD: Tensor, norm_D: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """See `hc_pre`; with `norm_D` the block's input is normalised with that weight."""
+        return _pre(x_TCD, self.fn, self.base, self.scales, norm_D, self.config)
 
 
 class HyperHead:
@@ -98,6 +85,6 @@ class HyperHead:
 
     def __call__(self, x_TCD: Tensor) -> Tensor:
         """`[T, C, D]` -> `[T, D]` in the same dtype."""
-        wide_TCD, mixes_TC = _project(x_TCD, self.fn, self.config.rms_norm_eps)
-        weight_TC = sigmoid(mixes_TC * self.scale + self.base) + self.config.hc_eps
-        return torch.bmm(weight_TC.unsqueeze(1), wide_TCD).squeeze(1).to(x_TCD.dtype)
+        config = self.config
+        eps, norm_eps = config.hc_eps, config.rms_norm_eps
+        return hyper_head(x_TCD, self.fn, self.base, self.scale, eps, norm_eps)

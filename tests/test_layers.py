@@ -24,6 +24,8 @@ HOME = {  # third-party package -> where it may be imported
     "kubernetes": ("cluster/kube.py", "cluster/kube_transport.py"),
     "urllib3": ("cluster/kube_transport.py",),
     "triton": ("kernels/",),
+    "numba": ("kernels/",),
+    "llvmlite": ("kernels/",),
     "torch.distributed": ("cluster/fabric.py",),
     "fastapi": ("ingress/http.py", "ingress/serve.py"),
     "grpc": ("ingress/grpc.py", "protos/"),
