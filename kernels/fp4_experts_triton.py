@@ -73,6 +73,16 @@ def decode_words(words, scales, EXACT: tl.constexpr):
 
 
 @jit
+def rounded(value, kind: tl.constexpr, CUTS: tl.constexpr):
+    """fp32 to `kind`, to the nearest; Triton's interpreter cuts a bf16 off instead (CUTS)."""
+    if CUTS and kind == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        value = bits.to(tl.float32, bitcast=True)
+    return value.to(kind)
+
+
+@jit
 def _inputs(x, k, live, COLUMNS: tl.constexpr, EXACT: tl.constexpr):
     """`[32, M]` of the inputs whose rows start at `x`, from column k on."""
     column = k + tl.arange(0, 32)
@@ -127,11 +137,13 @@ def gate_up_kernel(
         scales += 2 * I
     factor = tl.load(gain + slot)
     kind = inner.dtype.element_ty
-    g = tl.minimum((gate * factor).to(kind).to(tl.float32), LIMIT)
-    u = tl.minimum(tl.maximum((up * factor).to(kind).to(tl.float32), -LIMIT), LIMIT)
-    out = g / (1.0 + tl.exp(-g)) * u * tl.load(weights + row, mask=live, other=0.0)[None, :]
+    g = tl.minimum(rounded(gate * factor, kind, EXACT).to(tl.float32), LIMIT)
+    u = tl.minimum(tl.maximum(rounded(up * factor, kind, EXACT).to(tl.float32), -LIMIT), LIMIT)
+    small = tl.exp(-tl.abs(g))  # of the sigmoid: never infinite
+    out = g * (tl.where(g < 0, small, 1.0) / (1.0 + small)) * u
+    out *= tl.load(weights + row, mask=live, other=0.0)[None, :]
     where = inner + at.to(tl.int64)[None, :] * I + n[:, None]
-    tl.store(where, out.to(kind), mask=live[None, :] & (n < I)[:, None])
+    tl.store(where, rounded(out, kind, EXACT), mask=live[None, :] & (n < I)[:, None])
 
 
 @jit
@@ -166,4 +178,4 @@ def down_kernel(
         acc = _product(acc, codes, scales, x0, x1, x2, x3, EXACT)
         codes += D * 32
         scales += D
-    tl.store(where, (acc * tl.load(gain + slot)).to(kind), mask=kept)
+    tl.store(where, rounded(acc * tl.load(gain + slot), kind, EXACT), mask=kept)
