@@ -57,6 +57,7 @@ def test_codes_and_scales_are_those_of_the_rounding(rows: int, columns: int, twi
     assert torch.equal(value[:, :columns], fake_fp8(x, 128))
     assert not value[:, columns:].any()
     amax = torch.nn.functional.pad(x, (0, -columns % 128)).unflatten(1, (-1, 128)).abs().amax(-1)
+    amax, scales = amax.cpu(), scales.cpu()  # a log2 on a GPU may miss a power of two
     want = torch.exp2(torch.ceil(torch.log2(amax.double().clamp_min(1e-4) / 448)))
     assert torch.equal(scales.double(), want)
 
