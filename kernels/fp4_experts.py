@@ -102,7 +102,7 @@ def gate_up(
     tile: int, warps: int, stages: int,
 ) -> None:  # fmt: skip
     """First launch: `out[place]` in the order of the route, `[R, I]`; absent experts' rows stay."""
-    tiles = triton.cdiv(out.shape[1], tile)
+    tiles = triton.cdiv(2 * out.shape[1], tile)
     if way.slots.numel():
         gate_up_kernel[(tiles * way.slots.numel(),)](
             x, w13.codes, w13.scales, w13.gain, way.order, weights, way.slots, way.starts,

@@ -2,7 +2,7 @@
 
 A program computes a tile of outputs for the rows of one block of the route (`route.py`): N outputs by
 M rows, so the decoded weights are the first operand of the product and stay in registers, and few rows
-waste little. A sum runs over K in blocks of 128, in each over four groups of 32, whatever the tiles
+waste little. A tile of the first launch is half gate rows, half the same up rows. A sum runs over K in blocks of 128, in each over four groups of 32, whatever the tiles
 are: a row's bits do not depend on them.
 """
 
@@ -96,14 +96,37 @@ def _inputs(x, k, live, COLUMNS: tl.constexpr, EXACT: tl.constexpr):
 
 
 @jit
-def _product(acc, codes, scales, x0, x1, x2, x3, EXACT: tl.constexpr):
-    """Add one block of 128 columns: codes and scales point at the tile's first word and rows."""
-    words = tl.load(codes[:, None] + tl.arange(0, 32)[None, :])
-    a, b, c, d = decode_words(words, tl.load(scales), EXACT)
-    acc = tl.dot(a, x0, acc, input_precision="ieee")
-    acc = tl.dot(b, x1, acc, input_precision="ieee")
-    acc = tl.dot(c, x2, acc, input_precision="ieee")
-    return tl.dot(d, x3, acc, input_precision="ieee")
+def _products(
+    x, codes, scales, live, STEP: tl.constexpr, COLUMNS: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """`[BN, BM]`: rows of a matrix, at `codes` and `scales`, with the inputs whose rows start at `x`.
+
+    STEP is the number of the matrix's rows: how far apart two blocks of columns are.
+    """
+    acc = tl.zeros((BN, BM), tl.float32)
+    for k in range(0, (COLUMNS + 127) // 128 * 128, 128):
+        words = tl.load(codes[:, None] + tl.arange(0, 32)[None, :])
+        factors = tl.load(scales)
+        x0, x1 = _inputs(x, k, live, COLUMNS, EXACT), _inputs(x, k + 32, live, COLUMNS, EXACT)
+        x2, x3 = _inputs(x, k + 64, live, COLUMNS, EXACT), _inputs(x, k + 96, live, COLUMNS, EXACT)
+        a, b, c, d = decode_words(words, factors, EXACT)
+        acc = tl.dot(a, x0, acc, input_precision="ieee")
+        acc = tl.dot(b, x1, acc, input_precision="ieee")
+        acc = tl.dot(c, x2, acc, input_precision="ieee")
+        acc = tl.dot(d, x3, acc, input_precision="ieee")
+        codes += STEP * 32
+        scales += STEP
+    return acc
+
+
+@jit
+def _block(slots, starts, stops, used, block, BM: tl.constexpr):
+    """Whether a block exists, its slot, its places in the order, and which of them are its."""
+    exist, slot = tl.load(used), tl.load(slots + block)  # at once: each waits for the memory
+    start, stop = tl.load(starts + block), tl.load(stops + block)
+    at = start + tl.arange(0, BM)
+    return block < exist, slot.to(tl.int64), at, at < stop
 
 
 @jit
@@ -113,35 +136,24 @@ def gate_up_kernel(
     TILES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     block, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    if block >= tl.load(used):
+    exists, slot, at, live = _block(slots, starts, stops, used, block, BM)
+    if (not exists) | (slot < 0):
         return
-    slot = tl.load(slots + block)
-    if slot < 0:
-        return
-    at = tl.load(starts + block) + tl.arange(0, BM)
-    live = at < tl.load(stops + block)
     row = tl.load(order + at, mask=live, other=0)
+    HALF: tl.constexpr = BN // 2
+    first = slot * ((COLUMNS + 127) // 128 * 2 * I)
+    i = tl.arange(0, BN)
+    near = first + tl.minimum(tile * HALF + i % HALF, I - 1) + i // HALF * I
     x += (row // TOP).to(tl.int64) * COLUMNS
-    BLOCKS: tl.constexpr = (COLUMNS + 127) // 128
-    n = tile * BN + tl.arange(0, BN)
-    near = tl.minimum(n, I - 1)
-    scales += slot.to(tl.int64) * BLOCKS * 2 * I + near
-    codes += (slot.to(tl.int64) * BLOCKS * 2 * I + near) * 32
-    gate, up = tl.zeros((BN, BM), tl.float32), tl.zeros((BN, BM), tl.float32)
-    for k in range(0, BLOCKS * 128, 128):
-        x0, x1 = _inputs(x, k, live, COLUMNS, EXACT), _inputs(x, k + 32, live, COLUMNS, EXACT)
-        x2, x3 = _inputs(x, k + 64, live, COLUMNS, EXACT), _inputs(x, k + 96, live, COLUMNS, EXACT)
-        gate = _product(gate, codes, scales, x0, x1, x2, x3, EXACT)
-        up = _product(up, codes + I * 32, scales + I, x0, x1, x2, x3, EXACT)
-        codes += 2 * I * 32
-        scales += 2 * I
-    factor = tl.load(gain + slot)
+    acc = _products(x, codes + near * 32, scales + near, live, 2 * I, COLUMNS, BN, BM, EXACT)
     kind = inner.dtype.element_ty
-    g = tl.minimum(rounded(gate * factor, kind, EXACT).to(tl.float32), LIMIT)
-    u = tl.minimum(tl.maximum(rounded(up * factor, kind, EXACT).to(tl.float32), -LIMIT), LIMIT)
-    small = tl.exp(-tl.abs(g))  # of the sigmoid: never infinite
-    out = g * (tl.where(g < 0, small, 1.0) / (1.0 + small)) * u
+    acc = rounded(acc * tl.load(gain + slot), kind, EXACT).to(tl.float32)
+    gate, up = tl.split(tl.permute(tl.reshape(acc, (2, HALF, BM)), (1, 2, 0)))
+    gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    small = tl.exp(-tl.abs(gate))  # of the sigmoid: never infinite
+    out = gate * (tl.where(gate < 0, small, 1.0) / (1.0 + small)) * up
     out *= tl.load(weights + row, mask=live, other=0.0)[None, :]
+    n = tile * HALF + tl.arange(0, HALF)
     where = inner + at.to(tl.int64)[None, :] * I + n[:, None]
     tl.store(where, rounded(out, kind, EXACT), mask=live[None, :] & (n < I)[:, None])
 
@@ -153,11 +165,9 @@ def down_kernel(
     TILES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     block, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    if block >= tl.load(used):
+    exists, slot, at, live = _block(slots, starts, stops, used, block, BM)
+    if not exists:
         return
-    slot = tl.load(slots + block)
-    at = tl.load(starts + block) + tl.arange(0, BM)
-    live = at < tl.load(stops + block)
     row = tl.load(order + at, mask=live, other=0)
     n = tile * BN + tl.arange(0, BN)
     where = out + row.to(tl.int64)[None, :] * D + n[:, None]
@@ -166,16 +176,7 @@ def down_kernel(
     if slot < 0:
         tl.store(where, tl.zeros((BN, BM), kind), mask=kept)
         return
+    near = slot * ((COLUMNS + 127) // 128 * D) + tl.minimum(n, D - 1)
     inner += at.to(tl.int64) * COLUMNS
-    BLOCKS: tl.constexpr = (COLUMNS + 127) // 128
-    near = tl.minimum(n, D - 1)
-    scales += slot.to(tl.int64) * BLOCKS * D + near
-    codes += (slot.to(tl.int64) * BLOCKS * D + near) * 32
-    acc = tl.zeros((BN, BM), tl.float32)
-    for k in range(0, BLOCKS * 128, 128):
-        x0, x1 = _inputs(inner, k, live, COLUMNS, EXACT), _inputs(inner, k + 32, live, COLUMNS, EXACT)
-        x2, x3 = _inputs(inner, k + 64, live, COLUMNS, EXACT), _inputs(inner, k + 96, live, COLUMNS, EXACT)
-        acc = _product(acc, codes, scales, x0, x1, x2, x3, EXACT)
-        codes += D * 32
-        scales += D
+    acc = _products(inner, codes + near * 32, scales + near, live, D, COLUMNS, BN, BM, EXACT)
     tl.store(where, rounded(acc * tl.load(gain + slot), kind, EXACT), mask=kept)
