@@ -24,9 +24,9 @@ def truth(x: Tensor, m: Fp8Matrix, released: bool) -> Tensor:
     return torch.einsum("mgk,gnk->mgn", split.double(), decode(m).double().cpu()).flatten(1)
 
 
-def close(got: Tensor, want: Tensor) -> None:
+def close(got: Tensor, want: Tensor, least: float = 1e-5) -> None:
     error = (got.double().cpu() - want).norm() / want.norm().clamp_min(1e-9)
-    assert error < (4e-3 if got.dtype == torch.bfloat16 else 1e-5)  # not less if NaN
+    assert error < (4e-3 if got.dtype == torch.bfloat16 else least)  # not less if NaN
 
 
 @pytest.mark.parametrize(("rows", "columns", "groups"), [(5, 70, 1), (130, 128, 1), (256, 200, 2)])
@@ -65,7 +65,8 @@ def test_the_twin_gives_the_truth(
     got = fp8_linear(x, m, released)
     assert got.shape == (rows, outputs)
     assert got.dtype == kind
-    close(got, truth(x, m, released))
+    # The FP8 units of a GPU add a block's products with fewer bits than fp32 has.
+    close(got, truth(x, m, released), 5e-4 if GPU and released else 1e-5)
 
 
 @pytest.mark.triton
