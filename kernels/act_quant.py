@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from whalepod.kernels.jit import INTERPRETED, jit, runs, tl, triton
+from whalepod.kernels.overlap import begin, early
 from whalepod.kernels.registry import Kernel
 
 BLOCK, MOST, LEAST = 128, 448.0, 1e-4
@@ -68,8 +69,10 @@ def to_grid(value):
 def _kernel(
     x, codes, scales, M, K: tl.constexpr, B: tl.constexpr, PAIRED: tl.constexpr,
     BACK: tl.constexpr, CUTS: tl.constexpr, ROWS: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """One block of 128 columns of ROWS rows; BACK writes the rounded values over `codes`."""
+    begin(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block, j = tl.program_id(1), tl.arange(0, 128)
     column = block * 128 + j
@@ -102,7 +105,18 @@ def _launch(x: Tensor, codes: Tensor, scales: Tensor, paired: bool, back: bool) 
     blocks = triton.cdiv(columns, BLOCK)
     if rows:
         _kernel[(triton.cdiv(rows, _ROWS), blocks)](
-            x, codes, scales, rows, columns, blocks, paired, back, INTERPRETED, _ROWS, num_warps=1
+            x,
+            codes,
+            scales,
+            rows,
+            columns,
+            blocks,
+            paired,
+            back,
+            INTERPRETED,
+            _ROWS,
+            num_warps=1,
+            **early(),
         )
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.jit import jit, runs, tl, triton
+from whalepod.kernels.overlap import begin, early
 from whalepod.kernels.registry import Kernel
 
 _WIDE = 512
@@ -29,7 +30,8 @@ def combine(parts_TKD: Tensor) -> Tensor:
 
 
 @jit
-def _kernel(parts, out, D, K: tl.constexpr, WIDE: tl.constexpr):
+def _kernel(parts, out, D, K: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr = False):
+    begin(EARLY)
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     total = tl.load(parts + t * K * D + d, mask=d < D, other=0.0).to(tl.float32)
@@ -44,5 +46,7 @@ def _combine(parts_TKD: Tensor) -> Tensor:
     parts = parts_TKD.contiguous()
     out = parts.new_empty(tokens, width, dtype=torch.float32)
     if out.numel():
-        _kernel[(tokens, triton.cdiv(width, _WIDE))](parts, out, width, K=k, WIDE=_WIDE, num_warps=2)
+        _kernel[(tokens, triton.cdiv(width, _WIDE))](
+            parts, out, width, K=k, WIDE=_WIDE, num_warps=2, **early()
+        )
     return out

@@ -8,12 +8,28 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.jit import INTERPRETED, triton
+from whalepod.kernels.overlap import early
 
 Kind = Literal["fp8", "quant", "bf16"]
 
 _BLOCK, _PROGRAMS, _APART_ROWS, _WIDE = 128, 264, 128, 512
-# Tiles by rows: (at most so many, N, M, warps, stages); "quant" decodes nothing and takes wider ones.
-_TILES = ((16, 64, 16, 4, 4), (32, 64, 32, 4, 4), (64, 64, 64, 4, 4), (1 << 40, 128, 128, 8, 3))
+Tile = tuple[int, int, int, int]  # outputs, rows, warps, stages
+_SMALL: tuple[Tile, ...] = ((64, 16, 4, 4), (64, 32, 4, 4), (64, 64, 4, 4))
+_LARGE: dict[Kind, Tile] = {
+    "fp8": (128, 128, 8, 3),
+    "quant": (64, 128, 4, 3),  # it keeps two sums of a tile, and a third where chunks are added
+    "bf16": (128, 128, 8, 3),
+}
+
+
+def tile_of(kind: Kind, rows: int, outputs: int) -> Tile:
+    """The smallest tile that holds all rows; large ones where enough of them occupy a GPU."""
+    for tile in _SMALL:
+        if rows <= tile[1]:
+            return tile
+    n, m, *_ = _LARGE[kind]
+    fills = triton.cdiv(rows, m) * triton.cdiv(outputs, n) >= _PROGRAMS // 2
+    return _LARGE[kind] if fills else _SMALL[-1]
 
 
 def chunk_of(outputs: int, columns: int, groups: int, kind: Kind) -> int:
@@ -48,18 +64,19 @@ def dense(
     )  # fmt: skip
     if not rows:
         return out if whole or parts else x.new_empty(0, groups * outputs, dtype=dtype)
-    _, n, m, warps, stages = next(t for t in _TILES if rows <= t[0])
+    n, m, warps, stages = tile_of(kind, rows, outputs)
     exact = INTERPRETED or x.dtype == torch.float32
     dense_kernel[(triton.cdiv(outputs, n) * triton.cdiv(rows, m), chunks if apart else 1, groups)](
         x, w if scales is None else scales, w, w if w_scales is None else w_scales, out, rows,
         N=outputs, COLUMNS=columns, KIND=kind, GROUPS=groups, CHUNK=chunk, APART=apart,
         BN=n, BM=m, EXACT=exact, num_warps=warps, num_stages=stages,
+        **early(),
     )  # fmt: skip
     if not apart or parts:
         return out
     made = x.new_empty(rows, groups * outputs, dtype=dtype)
     sum_kernel[(triton.cdiv(made.numel(), _WIDE),)](
-        out, made, made.numel(), CHUNKS=chunks, WIDE=_WIDE, EXACT=exact, num_warps=2
+        out, made, made.numel(), CHUNKS=chunks, WIDE=_WIDE, EXACT=exact, num_warps=2, **early()
     )
     return made
 

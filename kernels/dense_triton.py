@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from whalepod.kernels.fp4_experts_triton import rounded
 from whalepod.kernels.jit import jit, tl
+from whalepod.kernels.overlap import begin
 
 
 @jit
@@ -119,7 +120,10 @@ def dense_kernel(
     x, xs, w, ws, out, M, N: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr,
     GROUPS: tl.constexpr, CHUNK: tl.constexpr, APART: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, EXACT: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
+    """One tile of `[M, GROUPS * N]` outputs, or of one chunk's part of them; see `dense.py`."""
+    begin(EARLY)
     BLOCKS: tl.constexpr = (COLUMNS + 127) // 128
     TALL: tl.constexpr = (N + 127) // 128
     WIDE: tl.constexpr = BLOCKS * 128 if KIND == "quant" else COLUMNS  # a row of inputs
@@ -155,8 +159,12 @@ def dense_kernel(
 
 
 @jit
-def sum_kernel(parts, out, size, CHUNKS: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr):
+def sum_kernel(
+    parts, out, size, CHUNKS: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
+    EARLY: tl.constexpr = False,
+):  # fmt: skip
     """`out[i] = parts[0, i] + parts[1, i] + ...`, one after the other."""
+    begin(EARLY)
     i = tl.program_id(0).to(tl.int64) * WIDE + tl.arange(0, WIDE)
     total = tl.load(parts + i, mask=i < size, other=0.0)
     for c in tl.static_range(1, CHUNKS):

@@ -6,24 +6,45 @@ S experts held here, R = T * K pairs.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from whalepod.kernels.act_quant import round_fp8
 from whalepod.kernels.fp4 import Fp4Stack, decode
 from whalepod.kernels.jit import INTERPRETED, runs, triton
+from whalepod.kernels.overlap import early
 from whalepod.kernels.registry import Kernel
 from whalepod.kernels.route import Route, route
 from whalepod.kernels.swiglu import swiglu
 
-# Rows of a block by the rows an expert has on average: (at most so many, block, tile of gate and up,
-# tile of down, warps, stages). More rows a block amortise the decoding, empty ones waste products.
+
+class Tiles(NamedTuple):
+    """Rows of a block, `(outputs, warps)` of a tile of either launch, stages of both."""
+
+    rows: int
+    up: tuple[int, int]
+    down: tuple[int, int]
+    stages: int
+
+
+# More rows a block share the decoding, empty ones waste products: by the rows an expert has on
+# average. A few pairs alone need small tiles to occupy a GPU.
+_FEW_PAIRS, _FEW = 8, Tiles(16, (64, 4), (64, 4), 4)
 _TILES = (
-    (8, 16, 64, 128, 4, 4),
-    (24, 32, 64, 128, 4, 4),
-    (48, 64, 64, 128, 4, 3),
-    (1 << 30, 128, 128, 128, 8, 3),
+    (14, Tiles(16, (128, 4), (128, 4), 4)),
+    (28, Tiles(32, (128, 4), (128, 4), 3)),
+    (56, Tiles(64, (128, 4), (128, 4), 3)),
+    (1 << 40, Tiles(128, (128, 8), (128, 4), 3)),
 )
+
+
+def tiles_of(pairs: int, held: int) -> Tiles:
+    """How to cut the work."""
+    if pairs <= _FEW_PAIRS:
+        return _FEW
+    return next(tiles for most, tiles in _TILES if pairs <= most * held)
 
 
 @Kernel
@@ -86,41 +107,42 @@ def _fp4_experts(
 ) -> Tensor:
     tokens, k = experts_TK.shape
     pairs, held = tokens * k, w13.count
-    _, rows, n_up, n_down, warps, stages = next(t for t in _TILES if pairs <= t[0] * held)
-    way = route(experts_TK, slot_of_E, held, rows)
+    tiles = tiles_of(pairs, held)
+    way = route(experts_TK, slot_of_E, held, tiles.rows)
     x = round_fp8(x_TD) if released else x_TD.contiguous()
     inner = x.new_empty(pairs, w2.columns)
-    gate_up(x, weights_TK.contiguous(), way, k, w13, limit, inner, n_up, warps, stages)
+    gate_up(x, weights_TK.contiguous(), way, k, w13, limit, inner, tiles)
     inner = round_fp8(inner) if released else inner
     out = x.new_empty(pairs, w2.rows)
-    down(inner, way, w2, out, n_down, warps, stages)
+    down(inner, way, w2, out, tiles)
     return out.view(tokens, k, w2.rows)
 
 
 def gate_up(
     x: Tensor, weights: Tensor, way: Route, k: int, w13: Fp4Stack, limit: float, out: Tensor,
-    tile: int, warps: int, stages: int,
+    tiles: Tiles,
 ) -> None:  # fmt: skip
     """First launch: `out[place]` in the order of the route, `[R, I]`; absent experts' rows stay."""
-    tiles = triton.cdiv(2 * out.shape[1], tile)
+    n, warps = tiles.up
+    programs = triton.cdiv(2 * out.shape[1], n)
     if way.slots.numel():
-        gate_up_kernel[(tiles * way.slots.numel(),)](
+        gate_up_kernel[(programs * way.slots.numel(),)](
             x, w13.codes, w13.scales, w13.gain, way.order, weights, way.slots, way.starts,
-            way.stops, way.used, out, I=out.shape[1], COLUMNS=w13.columns, TOP=k, LIMIT=limit,
-            TILES=tiles, BN=tile, BM=way.rows, EXACT=_exact(x), num_warps=warps, num_stages=stages,
+            way.stops, way.used, out, WIDTH=out.shape[1], COLUMNS=w13.columns, TOP=k, LIMIT=limit,
+            TILES=programs, BN=n, BM=tiles.rows, EXACT=_exact(x), num_warps=warps,
+            num_stages=tiles.stages, **early(),
         )  # fmt: skip
 
 
-def down(
-    inner: Tensor, way: Route, w2: Fp4Stack, out: Tensor, tile: int, warps: int, stages: int
-) -> None:
+def down(inner: Tensor, way: Route, w2: Fp4Stack, out: Tensor, tiles: Tiles) -> None:
     """Second launch: rows of the route to `out[pair]`, `[R, D]`."""
-    tiles = triton.cdiv(w2.rows, tile)
+    n, warps = tiles.down
+    programs = triton.cdiv(w2.rows, n)
     if way.slots.numel():
-        down_kernel[(tiles * way.slots.numel(),)](
+        down_kernel[(programs * way.slots.numel(),)](
             inner, w2.codes, w2.scales, w2.gain, way.order, way.slots, way.starts, way.stops,
-            way.used, out, D=w2.rows, COLUMNS=w2.columns, TILES=tiles, BN=tile, BM=way.rows,
-            EXACT=_exact(inner), num_warps=warps, num_stages=stages,
+            way.used, out, D=w2.rows, COLUMNS=w2.columns, TILES=programs, BN=n, BM=tiles.rows,
+            EXACT=_exact(inner), num_warps=warps, num_stages=tiles.stages, **early(),
         )  # fmt: skip
 
 
@@ -129,4 +151,5 @@ def _exact(x: Tensor) -> bool:
     return INTERPRETED or x.dtype == torch.float32
 
 
-from whalepod.kernels.fp4_experts_triton import down_kernel, gate_up_kernel  # noqa: E402
+if triton is not None:
+    from whalepod.kernels.fp4_experts_triton import down_kernel, gate_up_kernel

@@ -9,6 +9,7 @@ are: a row's bits do not depend on them.
 from __future__ import annotations
 
 from whalepod.kernels.jit import jit, tl
+from whalepod.kernels.overlap import begin
 
 
 @jit
@@ -132,20 +133,23 @@ def _block(slots, starts, stops, used, block, BM: tl.constexpr):
 @jit
 def gate_up_kernel(
     x, codes, scales, gain, order, weights, slots, starts, stops, used, inner,
-    I: tl.constexpr, COLUMNS: tl.constexpr, TOP: tl.constexpr, LIMIT: tl.constexpr,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TOP: tl.constexpr, LIMIT: tl.constexpr,
     TILES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, EXACT: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
+    """Weighted SwiGLU of a block's rows for half a tile of columns, to their places in the route."""
+    begin(EARLY)
     block, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     exists, slot, at, live = _block(slots, starts, stops, used, block, BM)
     if (not exists) | (slot < 0):
         return
     row = tl.load(order + at, mask=live, other=0)
     HALF: tl.constexpr = BN // 2
-    first = slot * ((COLUMNS + 127) // 128 * 2 * I)
+    first = slot * ((COLUMNS + 127) // 128 * 2 * WIDTH)
     i = tl.arange(0, BN)
-    near = first + tl.minimum(tile * HALF + i % HALF, I - 1) + i // HALF * I
+    near = first + tl.minimum(tile * HALF + i % HALF, WIDTH - 1) + i // HALF * WIDTH
     x += (row // TOP).to(tl.int64) * COLUMNS
-    acc = _products(x, codes + near * 32, scales + near, live, 2 * I, COLUMNS, BN, BM, EXACT)
+    acc = _products(x, codes + near * 32, scales + near, live, 2 * WIDTH, COLUMNS, BN, BM, EXACT)
     kind = inner.dtype.element_ty
     acc = rounded(acc * tl.load(gain + slot), kind, EXACT).to(tl.float32)
     gate, up = tl.split(tl.permute(tl.reshape(acc, (2, HALF, BM)), (1, 2, 0)))
@@ -154,8 +158,8 @@ def gate_up_kernel(
     out = gate * (tl.where(gate < 0, small, 1.0) / (1.0 + small)) * up
     out *= tl.load(weights + row, mask=live, other=0.0)[None, :]
     n = tile * HALF + tl.arange(0, HALF)
-    where = inner + at.to(tl.int64)[None, :] * I + n[:, None]
-    tl.store(where, rounded(out, kind, EXACT), mask=live[None, :] & (n < I)[:, None])
+    where = inner + at.to(tl.int64)[None, :] * WIDTH + n[:, None]
+    tl.store(where, rounded(out, kind, EXACT), mask=live[None, :] & (n < WIDTH)[:, None])
 
 
 @jit
@@ -163,7 +167,10 @@ def down_kernel(
     inner, codes, scales, gain, order, slots, starts, stops, used, out,
     D: tl.constexpr, COLUMNS: tl.constexpr,
     TILES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, EXACT: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
+    """A tile of columns of a block's outputs, to their pairs' rows; zeros for absent experts."""
+    begin(EARLY)
     block, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     exists, slot, at, live = _block(slots, starts, stops, used, block, BM)
     if not exists:

@@ -12,6 +12,7 @@ from whalepod.kernels.activation import sqrt_softplus
 from whalepod.kernels.dense import dense
 from whalepod.kernels.jit import jit, runs, tl, triton
 from whalepod.kernels.linear import linear
+from whalepod.kernels.overlap import begin, early
 from whalepod.kernels.registry import Kernel
 
 _FLOOR = 1e-20  # of the sum of a token's scores
@@ -43,7 +44,9 @@ def gate(
     """
     scores_TE = sqrt_softplus(linear(x_TD.float(), weight_ED.float()))
     if table_VK is None:
-        assert bias_E is not None, "a gate chooses by score, with a bias, or by token id, with a table"
+        assert bias_E is not None, (
+            "a gate chooses by score, with a bias, or by token id, with a table"
+        )
         ranked = (scores_TE + bias_E).sort(dim=-1, descending=True, stable=True)
         experts_TK = ranked.indices[:, :count]
     else:
@@ -74,7 +77,9 @@ def _choose_kernel(
     parts, bias, table, ids, experts, weights, tokens, scale, vocabulary,
     EXPERTS: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, HASHED: tl.constexpr,
     WIDE: tl.constexpr, FEW: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
+    begin(EARLY)
     t = tl.program_id(0).to(tl.int64)
     e, k = tl.arange(0, WIDE), tl.arange(0, FEW)
     score = _scores(parts, t, tokens, EXPERTS, CHUNKS, WIDE)
@@ -122,6 +127,6 @@ def _gate(
         parts, bias_E, table_VK, token_ids_T, experts, weights, tokens, scale,
         0 if table_VK is None else table_VK.shape[0], EXPERTS=wide, COUNT=count,
         CHUNKS=parts.shape[0], HASHED=table_VK is not None, WIDE=triton.next_power_of_2(wide),
-        FEW=triton.next_power_of_2(count), num_warps=2,
+        FEW=triton.next_power_of_2(count), num_warps=2, **early(),
     )  # fmt: skip
     return experts, weights

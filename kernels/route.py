@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.jit import jit, runs, tl, triton
+from whalepod.kernels.overlap import begin, early
 from whalepod.kernels.registry import Kernel
 
 _CHUNK, _AT_ONCE = 128, 16
@@ -88,7 +89,9 @@ def _slots(experts, slot_of, pair, pairs, EXPERTS: tl.constexpr, HELD: tl.conste
 def _count_kernel(
     experts, slot_of, parts, pairs,
     EXPERTS: tl.constexpr, HELD: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
+    begin(EARLY)
     pair = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     slot = _slots(experts, slot_of, pair, pairs, EXPERTS, HELD)
     found = tl.histogram(slot, BINS, mask=pair < pairs)
@@ -125,7 +128,9 @@ def _place_kernel(
     experts, slot_of, parts, pairs, chunks, order, slots, starts, stops, used,
     ROWS: tl.constexpr, COUNTED: tl.constexpr, EXPERTS: tl.constexpr, HELD: tl.constexpr,
     BINS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
+    begin(EARLY)
     mine = tl.program_id(0)
     total, before = _totals(
         experts, slot_of, parts, pairs, chunks, COUNTED, EXPERTS, HELD, BINS, CHUNK, STEP
@@ -163,9 +168,9 @@ def _route(experts_TK: Tensor, slot_of_E: Tensor, held: int, rows: int) -> Route
     parts = experts.new_empty(chunks if counted else 1, bins, dtype=torch.int32)
     sizes = {"EXPERTS": slot_of_E.numel(), "HELD": held, "BINS": bins, "CHUNK": _CHUNK}
     if counted:
-        _count_kernel[(chunks,)](experts, slot_of_E, parts, pairs, **sizes)
+        _count_kernel[(chunks,)](experts, slot_of_E, parts, pairs, **sizes, **early())
     _place_kernel[(chunks,)](
         experts, slot_of_E, parts, pairs, chunks, *out[:5],
-        ROWS=rows, COUNTED=counted, STEP=8, **sizes,
+        ROWS=rows, COUNTED=counted, STEP=8, **sizes, **early(),
     )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ from whalepod.model.quant import decode_fp4, encode_fp4, fake_fp8
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-D, I, E, K, LIMIT = (512, 384, 12, 3, 1.5) if GPU else (160, 96, 6, 3, 1.5)
+D, W, E, K, LIMIT = (512, 384, 12, 3, 1.5) if GPU else (160, 96, 6, 3, 1.5)
 HELD = [4, 0, 3, 5]  # expert -> place in the stacks, others are absent
 
 
@@ -25,7 +25,7 @@ def checkpoint(count: int, rows: int, columns: int, size: float) -> tuple[Tensor
 
 
 def stacks() -> tuple[Fp4Stack, Fp4Stack]:
-    w13, w2 = checkpoint(len(HELD), 2 * I, D, 0.1), checkpoint(len(HELD), D, I, 0.1)
+    w13, w2 = checkpoint(len(HELD), 2 * W, D, 0.1), checkpoint(len(HELD), D, W, 0.1)
     return pack(*w13).to(DEVICE), pack(*w2).to(DEVICE)
 
 
@@ -36,7 +36,9 @@ def slots() -> Tensor:
 
 
 def inputs(tokens: int, kind: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
-    experts = torch.stack([torch.randperm(E)[:K] for _ in range(tokens)] or [torch.zeros(K)])[:tokens]
+    experts = torch.stack([torch.randperm(E)[:K] for _ in range(tokens)] or [torch.zeros(K)])[
+        :tokens
+    ]
     x = torch.randn(tokens, D).to(kind)
     return x.to(DEVICE), experts.long().to(DEVICE), torch.rand(tokens, K).to(DEVICE)
 
@@ -113,8 +115,8 @@ def test_the_twin_gives_the_truth(tokens: int, kind: torch.dtype, released: bool
 
 @pytest.mark.triton
 def test_scales_above_two_are_exact() -> None:
-    w13 = pack(*checkpoint(len(HELD), 2 * I, D, 40.0)).to(DEVICE)
-    w2 = pack(*checkpoint(len(HELD), D, I, 40.0)).to(DEVICE)
+    w13 = pack(*checkpoint(len(HELD), 2 * W, D, 40.0)).to(DEVICE)
+    w2 = pack(*checkpoint(len(HELD), D, W, 40.0)).to(DEVICE)
     assert w13.gain.max() > 1
     x, experts, weights = inputs(3)
     got = fp4_experts(x, experts, weights, slots(), w13, w2, LIMIT)
@@ -132,8 +134,10 @@ def test_ids_outside_the_model_give_zeros() -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("block", range(len(module._TILES)))
-def test_a_row_does_not_depend_on_its_company(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tiles", [t for _, t in module._TILES], ids=lambda t: str(t.rows))
+def test_a_row_does_not_depend_on_its_company(
+    tiles: module.Tiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     w13, w2 = stacks()
     tokens = 300 if GPU else 5
     x, experts, weights = inputs(tokens)
@@ -141,7 +145,6 @@ def test_a_row_does_not_depend_on_its_company(block: int, monkeypatch: pytest.Mo
         fp4_experts(x[t : t + 1], experts[t : t + 1], weights[t : t + 1], slots(), w13, w2, LIMIT)
         for t in (0, tokens - 1)
     ]
-    tiles = module._TILES[block]
-    monkeypatch.setattr(module, "_TILES", ((1 << 30, *tiles[1:]),))
+    monkeypatch.setattr(module, "tiles_of", lambda pairs, held: tiles)
     together = fp4_experts(x, experts, weights, slots(), w13, w2, LIMIT)
     assert torch.equal(together[[0, tokens - 1]], torch.cat(alone))

@@ -76,7 +76,7 @@ def test_a_row_does_not_depend_on_its_company(
 ) -> None:
     if not GPU:  # the same paths with fewer rows
         monkeypatch.setattr(launches, "_APART_ROWS", 1)
-        monkeypatch.setattr(launches, "_TILES", ((1, 64, 16, 4, 4), (1 << 40, 64, 32, 4, 4)))
+        monkeypatch.setattr(launches, "_SMALL", ((64, 16, 4, 4), (64, 32, 4, 4)))
     m, rows = matrix(256, 1280, 2), 300 if GPU else 3
     x = torch.randn(rows, 2560).to(DEVICE, torch.bfloat16)
     together = fp8_linear(x, m, released)
