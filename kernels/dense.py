@@ -1,0 +1,85 @@
+"""Launch products with dense matrices; which tiles, and where a matrix's columns are cut."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from whalepod.kernels.jit import INTERPRETED, triton
+from whalepod.kernels.overlap import early
+
+Kind = Literal["fp8", "quant", "bf16"]
+
+_BLOCK, _PROGRAMS, _APART_ROWS, _WIDE = 128, 264, 128, 512
+Tile = tuple[int, int, int, int]  # outputs, rows, warps, stages
+_SMALL: tuple[Tile, ...] = ((64, 16, 4, 4), (64, 32, 4, 4), (64, 64, 4, 4))
+_LARGE: dict[Kind, Tile] = {
+    "fp8": (128, 128, 8, 3),
+    "quant": (64, 128, 4, 3),  # it keeps two sums of a tile, and a third where chunks are added
+    "bf16": (128, 128, 8, 3),
+}
+
+
+def tile_of(kind: Kind, rows: int, outputs: int) -> Tile:
+    """The smallest tile that holds all rows; large ones where enough of them occupy a GPU."""
+    for tile in _SMALL:
+        if rows <= tile[1]:
+            return tile
+    n, m, *_ = _LARGE[kind]
+    fills = triton.cdiv(rows, m) * triton.cdiv(outputs, n) >= _PROGRAMS // 2
+    return _LARGE[kind] if fills else _SMALL[-1]
+
+
+def chunk_of(outputs: int, columns: int, groups: int, kind: Kind) -> int:
+    """Blocks of 128 columns that are summed before anything is added to their sum.
+
+    A function of the matrix alone: few rows give every chunk a program, so that a small matrix
+    still occupies the GPU, and many rows keep the same order of sums.
+    """
+    blocks, tiles = triton.cdiv(columns, _BLOCK), triton.cdiv(outputs, 64) * groups
+    chunks = max(1, round(_PROGRAMS / tiles))
+    return int(max(2 if kind == "bf16" else 4, triton.cdiv(blocks, chunks)))
+
+
+def dense(
+    x: Tensor, scales: Tensor | None, w: Tensor, w_scales: Tensor | None, kind: Kind,
+    outputs: int, columns: int, dtype: torch.dtype, groups: int = 1, parts: bool = False,
+) -> Tensor:  # fmt: skip
+    """Multiply rows by a matrix; see `dense_triton.py` for the forms of the operands.
+
+    Returns:
+        `[M, groups * outputs]` in `dtype`, or with `parts` `[C, M, groups * outputs]` fp32 whose sum
+        in order is the product; C is 1 where the kernel has already added up.
+    """
+    rows = x.shape[0]
+    chunk = chunk_of(outputs, columns, groups, kind)
+    chunks = triton.cdiv(triton.cdiv(columns, _BLOCK), chunk)
+    apart = rows <= _APART_ROWS and chunks > 1
+    whole = not (apart or parts)
+    out = x.new_empty(
+        *(() if whole else (chunks if apart else 1,)), rows, groups * outputs,
+        dtype=dtype if whole else torch.float32,
+    )  # fmt: skip
+    if not rows:
+        return out if whole or parts else x.new_empty(0, groups * outputs, dtype=dtype)
+    n, m, warps, stages = tile_of(kind, rows, outputs)
+    exact = INTERPRETED or x.dtype == torch.float32
+    dense_kernel[(triton.cdiv(outputs, n) * triton.cdiv(rows, m), chunks if apart else 1, groups)](
+        x, w if scales is None else scales, w, w if w_scales is None else w_scales, out, rows,
+        N=outputs, COLUMNS=columns, KIND=kind, GROUPS=groups, CHUNK=chunk, APART=apart,
+        BN=n, BM=m, EXACT=exact, num_warps=warps, num_stages=stages,
+        **early(),
+    )  # fmt: skip
+    if not apart or parts:
+        return out
+    made = x.new_empty(rows, groups * outputs, dtype=dtype)
+    sum_kernel[(triton.cdiv(made.numel(), _WIDE),)](
+        out, made, made.numel(), CHUNKS=chunks, WIDE=_WIDE, EXACT=exact, num_warps=2, **early()
+    )
+    return made
+
+
+if triton is not None:
+    from whalepod.kernels.dense_triton import dense_kernel, sum_kernel

@@ -1,0 +1,155 @@
+"""Routed experts over weights that stay FP4 in memory: one output row per (token, choice).
+
+Legend: T tokens, K choices a token, D hidden width, I intermediate width, E experts of the model,
+S experts held here, R = T * K pairs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from whalepod.kernels.act_quant import round_fp8
+from whalepod.kernels.fp4 import Fp4Stack, decode
+from whalepod.kernels.jit import INTERPRETED, runs, triton
+from whalepod.kernels.overlap import early
+from whalepod.kernels.registry import Kernel
+from whalepod.kernels.route import Route, route
+from whalepod.kernels.swiglu import swiglu
+
+
+class Tiles(NamedTuple):
+    """Rows of a block, `(outputs, warps)` of a tile of either launch, stages of both."""
+
+    rows: int
+    up: tuple[int, int]
+    down: tuple[int, int]
+    stages: int
+
+
+# More rows a block share the decoding, empty ones waste products: by the rows an expert has on
+# average. A few pairs alone need small tiles to occupy a GPU.
+_FEW_PAIRS, _FEW = 8, Tiles(16, (64, 4), (64, 4), 4)
+_TILES = (
+    (14, Tiles(16, (128, 4), (128, 4), 4)),
+    (28, Tiles(32, (128, 4), (128, 4), 3)),
+    (56, Tiles(64, (128, 4), (128, 4), 3)),
+    (1 << 40, Tiles(128, (128, 8), (128, 4), 3)),
+)
+
+
+def tiles_of(pairs: int, held: int) -> Tiles:
+    """How to cut the work."""
+    if pairs <= _FEW_PAIRS:
+        return _FEW
+    return next(tiles for most, tiles in _TILES if pairs <= most * held)
+
+
+@Kernel
+def fp4_experts(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    slot_of_E: Tensor,
+    w13: Fp4Stack,
+    w2: Fp4Stack,
+    limit: float,
+    released: bool = False,
+) -> Tensor:
+    """Run every token through the experts chosen for it that are held here.
+
+    `down(swiglu(gate(x), up(x)) * weight)`: gate and up are rounded to the dtype of `x_TD` before the
+    clamped SwiGLU, which is computed in fp32, and so is the result before the down projection.
+
+    Args:
+        x_TD: `[T, D]` bf16 or fp32.
+        experts_TK: `[T, K]` int32 or int64. weights_TK: `[T, K]` fp32.
+        slot_of_E: `[E]` int32: which matrix of the stacks an expert is, -1 for one not held here.
+        w13: S matrices `[2I, D]`, gate rows then up rows. w2: S matrices `[D, I]`.
+        limit: clamp of the pre-activations, as for `swiglu`.
+        released: round inputs and intermediates to FP8 in blocks of 128 columns (`round_fp8`).
+
+    Returns:
+        `[T, K, D]` in the dtype of `x_TD`; zeros where the expert is not held here. A row does not
+        depend on the other rows, nor on how many there are.
+    """
+    tokens, k = experts_TK.shape
+    x = round_fp8.reference(x_TD) if released else x_TD
+    out = x_TD.new_zeros(tokens * k, w2.rows)
+    inside = (experts_TK >= 0) & (experts_TK < slot_of_E.numel())
+    slots = slot_of_E[experts_TK.clamp(0, slot_of_E.numel() - 1).long()].masked_fill(~inside, -1)
+    for slot in range(w13.count):
+        pairs = (slots.flatten() == slot).nonzero()[:, 0]
+        gate_up = x[pairs // k].float() @ decode(_one(w13, slot))[0].t()
+        inner = swiglu.reference(gate_up.to(x.dtype), limit, weights_TK.flatten()[pairs])
+        inner = round_fp8.reference(inner) if released else inner
+        out[pairs] = (inner.float() @ decode(_one(w2, slot))[0].t()).to(x.dtype)
+    return out.view(tokens, k, w2.rows)
+
+
+def _one(stack: Fp4Stack, slot: int) -> Fp4Stack:
+    part = slice(slot, slot + 1)
+    return Fp4Stack(stack.codes[part], stack.scales[part], stack.gain[part], stack.columns)
+
+
+@fp4_experts.twin("triton", runs)
+def _fp4_experts(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    slot_of_E: Tensor,
+    w13: Fp4Stack,
+    w2: Fp4Stack,
+    limit: float,
+    released: bool = False,
+) -> Tensor:
+    tokens, k = experts_TK.shape
+    pairs, held = tokens * k, w13.count
+    tiles = tiles_of(pairs, held)
+    way = route(experts_TK, slot_of_E, held, tiles.rows)
+    x = round_fp8(x_TD) if released else x_TD.contiguous()
+    inner = x.new_empty(pairs, w2.columns)
+    gate_up(x, weights_TK.contiguous(), way, k, w13, limit, inner, tiles)
+    inner = round_fp8(inner) if released else inner
+    out = x.new_empty(pairs, w2.rows)
+    down(inner, way, w2, out, tiles)
+    return out.view(tokens, k, w2.rows)
+
+
+def gate_up(
+    x: Tensor, weights: Tensor, way: Route, k: int, w13: Fp4Stack, limit: float, out: Tensor,
+    tiles: Tiles,
+) -> None:  # fmt: skip
+    """First launch: `out[place]` in the order of the route, `[R, I]`; absent experts' rows stay."""
+    n, warps = tiles.up
+    programs = triton.cdiv(2 * out.shape[1], n)
+    if way.slots.numel():
+        gate_up_kernel[(programs * way.slots.numel(),)](
+            x, w13.codes, w13.scales, w13.gain, way.order, weights, way.slots, way.starts,
+            way.stops, way.used, out, WIDTH=out.shape[1], COLUMNS=w13.columns, TOP=k, LIMIT=limit,
+            TILES=programs, BN=n, BM=tiles.rows, EXACT=_exact(x), num_warps=warps,
+            num_stages=tiles.stages, **early(),
+        )  # fmt: skip
+
+
+def down(inner: Tensor, way: Route, w2: Fp4Stack, out: Tensor, tiles: Tiles) -> None:
+    """Second launch: rows of the route to `out[pair]`, `[R, D]`."""
+    n, warps = tiles.down
+    programs = triton.cdiv(w2.rows, n)
+    if way.slots.numel():
+        down_kernel[(programs * way.slots.numel(),)](
+            inner, w2.codes, w2.scales, w2.gain, way.order, way.slots, way.starts, way.stops,
+            way.used, out, D=w2.rows, COLUMNS=w2.columns, TILES=programs, BN=n, BM=tiles.rows,
+            EXACT=_exact(inner), num_warps=warps, num_stages=tiles.stages, **early(),
+        )  # fmt: skip
+
+
+def _exact(x: Tensor) -> bool:
+    """Whether products are taken in fp32: for fp32 inputs, and where there are no bf16 products."""
+    return INTERPRETED or x.dtype == torch.float32
+
+
+if triton is not None:
+    from whalepod.kernels.fp4_experts_triton import down_kernel, gate_up_kernel

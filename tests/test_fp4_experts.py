@@ -1,0 +1,150 @@
+"""FP4 experts: the packed layout, and the twin against a plain computation in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from whalepod.kernels import fp4_experts as module
+from whalepod.kernels.fp4 import Fp4Stack, decode, pack, unpack
+from whalepod.kernels.fp4_experts import fp4_experts
+from whalepod.model.quant import decode_fp4, encode_fp4, fake_fp8
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+D, W, E, K, LIMIT = (512, 384, 12, 3, 1.5) if GPU else (160, 96, 6, 3, 1.5)
+HELD = [4, 0, 3, 5]  # expert -> place in the stacks, others are absent
+
+
+def checkpoint(count: int, rows: int, columns: int, size: float) -> tuple[Tensor, Tensor]:
+    made = [encode_fp4(size * torch.randn(rows, columns)) for _ in range(count)]
+    packed, scales = zip(*made, strict=True)
+    scale = torch.stack([s.view(torch.uint8) for s in scales]).view(torch.float8_e8m0fnu)
+    return torch.stack(packed), scale
+
+
+def stacks() -> tuple[Fp4Stack, Fp4Stack]:
+    w13, w2 = checkpoint(len(HELD), 2 * W, D, 0.1), checkpoint(len(HELD), D, W, 0.1)
+    return pack(*w13).to(DEVICE), pack(*w2).to(DEVICE)
+
+
+def slots() -> Tensor:
+    table = torch.full((E,), -1, dtype=torch.int32)
+    table[HELD] = torch.arange(len(HELD), dtype=torch.int32)
+    return table.to(DEVICE)
+
+
+def inputs(tokens: int, kind: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    experts = torch.stack([torch.randperm(E)[:K] for _ in range(tokens)] or [torch.zeros(K)])[
+        :tokens
+    ]
+    x = torch.randn(tokens, D).to(kind)
+    return x.to(DEVICE), experts.long().to(DEVICE), torch.rand(tokens, K).to(DEVICE)
+
+
+def truth(
+    x: Tensor, experts: Tensor, weights: Tensor, w13: Fp4Stack, w2: Fp4Stack, released: bool
+) -> Tensor:
+    """Row by row in fp64, with the roundings that the operation promises."""
+    out = torch.zeros(*experts.shape, D, dtype=torch.float64)
+    up_down = decode(w13).double().cpu(), decode(w2).double().cpu()
+    for t in range(len(x)):
+        row = (fake_fp8(x[t], 128) if released else x[t]).double().cpu()
+        for k in range(K):
+            if (expert := int(experts[t, k])) in HELD:
+                place = HELD.index(expert)
+                gate, up = (up_down[0][place] @ row).to(x.dtype).float().chunk(2)
+                gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+                inner = gate * torch.sigmoid(gate) * up * weights[t, k].cpu()
+                inner = inner.to(x.dtype)
+                inner = fake_fp8(inner, 128) if released else inner
+                out[t, k] = up_down[1][place] @ inner.double()
+    return out
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    error = (got.double().cpu() - want).norm() / want.norm().clamp_min(1e-9)
+    assert error < (4e-3 if got.dtype == torch.bfloat16 else 1e-5)  # not less if NaN
+
+
+@pytest.mark.parametrize("columns", [96, 128, 256])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+def test_packing_keeps_every_bit(columns: int, size: float) -> None:
+    packed, scale = checkpoint(2, 10, columns, size)
+    packed = torch.randint(-128, 128, packed.shape, dtype=torch.int8)  # every code
+    stack = pack(packed, scale)
+    codes, scales = unpack(stack)
+    assert torch.equal(codes, packed)
+    assert torch.equal(scales.view(torch.uint8), scale.view(torch.uint8))
+    want = [decode_fp4(p, s) for p, s in zip(packed, scale, strict=True)]
+    assert torch.equal(decode(stack), torch.stack(want))
+
+
+def test_packing_refuses_what_does_not_belong_together() -> None:
+    packed, scale = checkpoint(1, 8, 64, 1.0)
+    with pytest.raises(ValueError, match=r"expected scales \[1, 8, 2\]"):
+        pack(packed, scale[..., :1])
+    broken = scale.view(torch.uint8).clone()
+    broken[0, 3, 1] = 255
+    with pytest.raises(ValueError, match="255"):
+        pack(packed, broken.view(torch.float8_e8m0fnu))
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_the_reference_is_the_plain_computation(released: bool) -> None:
+    w13, w2 = stacks()
+    x, experts, weights = inputs(5, torch.float32)
+    got = fp4_experts.reference(x, experts, weights, slots(), w13, w2, LIMIT, released)
+    close(got, truth(x, experts, weights, w13, w2, released))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [0, 1, 17])
+@pytest.mark.parametrize("released", [False, True])
+def test_the_twin_gives_the_truth(tokens: int, kind: torch.dtype, released: bool) -> None:
+    w13, w2 = stacks()
+    x, experts, weights = inputs(tokens, kind)
+    got = fp4_experts(x, experts, weights, slots(), w13, w2, LIMIT, released)
+    assert got.shape == (tokens, K, D)
+    absent = torch.tensor([int(e) not in HELD for e in experts.flatten()], dtype=torch.bool)
+    assert not got.flatten(0, 1)[absent.to(DEVICE)].any()
+    close(got, truth(x, experts, weights, w13, w2, released))
+
+
+@pytest.mark.triton
+def test_scales_above_two_are_exact() -> None:
+    w13 = pack(*checkpoint(len(HELD), 2 * W, D, 40.0)).to(DEVICE)
+    w2 = pack(*checkpoint(len(HELD), D, W, 40.0)).to(DEVICE)
+    assert w13.gain.max() > 1
+    x, experts, weights = inputs(3)
+    got = fp4_experts(x, experts, weights, slots(), w13, w2, LIMIT)
+    close(got, truth(x, experts, weights, w13, w2, False))
+
+
+@pytest.mark.triton
+def test_ids_outside_the_model_give_zeros() -> None:
+    w13, w2 = stacks()
+    x, experts, weights = inputs(2)
+    experts[0, 0], experts[1, 2] = -1, E + 3
+    got = fp4_experts(x, experts, weights, slots(), w13, w2, LIMIT)
+    assert not got[0, 0].any()
+    assert not got[1, 2].any()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("tiles", [t for _, t in module._TILES], ids=lambda t: str(t.rows))
+def test_a_row_does_not_depend_on_its_company(
+    tiles: module.Tiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w13, w2 = stacks()
+    tokens = 300 if GPU else 5
+    x, experts, weights = inputs(tokens)
+    alone = [
+        fp4_experts(x[t : t + 1], experts[t : t + 1], weights[t : t + 1], slots(), w13, w2, LIMIT)
+        for t in (0, tokens - 1)
+    ]
+    monkeypatch.setattr(module, "tiles_of", lambda pairs, held: tiles)
+    together = fp4_experts(x, experts, weights, slots(), w13, w2, LIMIT)
+    assert torch.equal(together[[0, tokens - 1]], torch.cat(alone))
