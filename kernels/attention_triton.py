@@ -112,9 +112,14 @@ def attend(
         kv = tl.load(at[:, None] + dims[None, :], mask=ok[:, None], other=0.0)
         # Rows of the next tile are on their way while this one is multiplied.
         row = entry_rows(tile + 1, where, rows, listed, table, width, seen, RT, BN, PER, LISTED)
-        z = product(q, tl.trans(kv))
-        m, total, p, old = soften(z, ok, m, total, scale)
-        acc = product(p.to(kv.dtype), kv, acc * old[:, None])
+        p, old = tl.zeros([H, BN], kv.dtype), tl.zeros([H], tl.float32)
+        # Always so: behind a branch the compiler does not see that another product follows, and
+        # spreads the keys over all warps instead of giving each warp group all of them.
+        if stop > first:
+            z = product(q, tl.trans(kv))
+            m, total, p, old = soften(z, ok, m, total, scale)
+            p = p.to(kv.dtype)
+        acc = product(p, kv, acc * old[:, None])
     return m, total, acc
 
 
