@@ -133,7 +133,7 @@ def decode_kernel(
     """Grid (head blocks, parts, T): one part; the whole where there is but one (`ALONE`)."""
     RT: tl.constexpr = (W + BN - 1) // BN
     block, part, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    entries = tl.load(seen + t)
+    entries = tl.load(seen + t).to(tl.int32)
     if LISTED:
         entries = tl.minimum(entries, listed)
     tiles = RT + tl.cdiv(entries, BN)
@@ -143,7 +143,8 @@ def decode_kernel(
         real = (head < HEADS)[:, None]
         m, total, acc = attend(
             tl.load(q + place, mask=real, other=0.0), t, t, part * SPLIT,
-            tl.minimum(part * SPLIT + SPLIT, tiles), tl.load(positions + t), tl.load(slots + t),
+            tl.minimum(part * SPLIT + SPLIT, tiles), tl.load(positions + t).to(tl.int32),
+            tl.load(slots + t),
             0, entries, rings, pool, rings, rows, listed, table, width, scale, H, D, W, BN, PER,
             LISTED, False, STAGES,
         )  # fmt: skip
@@ -202,7 +203,8 @@ def prefill_kernel(
         t, head = item // blocks, item % blocks * H + lane
         real = (head < HEADS)[:, None]
         place = (tl.full([], 0, tl.int64) + t) * HEADS * D + head[:, None] * D + dims
-        entries, position = tl.load(seen + t), tl.load(positions + t)
+        entries = tl.load(seen + t).to(tl.int32)
+        position = tl.load(positions + t).to(tl.int32)
         if LISTED:
             entries = tl.minimum(entries, listed)
         tiles = RT + tl.cdiv(entries, BN)
@@ -212,7 +214,7 @@ def prefill_kernel(
         for first in range(0, tiles, SPLIT):
             high, part, acc = attend(
                 query, t, tl.load(sequences + t), first, tl.minimum(first + SPLIT, tiles),
-                position, tl.load(slots + t), position - tl.load(starts + t), entries, rings,
+                position, tl.load(slots + t), position - tl.load(starts + t).to(tl.int32), entries, rings,
                 pool, new, rows, listed, table, width, scale, H, D, W, BN, PER, LISTED, True,
                 STAGES,
             )  # fmt: skip

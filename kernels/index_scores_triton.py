@@ -49,7 +49,7 @@ def scores_kernel(
     """Grid (runs of tiles, T)."""
     t = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * RUN * BN
-    count = tl.load(seen + t)
+    count = tl.load(seen + t).to(tl.int32)
     lane = tl.arange(0, BN)
     stop = tl.minimum(first + RUN * BN, count)
     for at in range(tl.maximum(first, tl.cdiv(count, BN) * BN), tl.minimum(first + RUN * BN, E), BN):
@@ -59,33 +59,32 @@ def scores_kernel(
         g = tl.load(gate + t * HEADS + head, mask=head < HEADS, other=0.0).to(tl.float32)
         dims = tl.arange(0, DIM)
         table += tl.load(sequences + t).to(tl.int64) * width
-        q += t * HEADS * DIM + head[:, None] * DIM
+        mine = q + t * HEADS * DIM + head[:, None] * DIM
         own = (head < HEADS)[:, None]
         half = tl.arange(0, DIM // 2)
         if KIND == "fp4":
-            low = tl.load(q + 2 * half[None, :], mask=own, other=0.0)
-            high = tl.load(q + 2 * half[None, :] + 1, mask=own, other=0.0)
+            low = tl.load(mine + 2 * half[None, :], mask=own, other=0.0)
+            high = tl.load(mine + 2 * half[None, :] + 1, mask=own, other=0.0)
             g = g * 67108864.0
         else:
-            query = tl.load(q + dims[None, :], mask=own, other=0.0)
-        block, place = rows_of(first + lane, count, table, PER)
+            query = tl.load(mine + dims[None, :], mask=own, other=0.0)
         for at in tl.range(first, stop, BN, num_stages=STAGES):
             entry = at + lane
             real = entry < count
+            block, place = rows_of(entry, count, table, PER)
             if KIND == "rows":
                 row = keys + (block * PER + place) * DIM
                 k = tl.load(row[:, None] + dims[None, :], mask=real[:, None], other=0.0)
             else:
                 page = keys + block * STRIDE
                 if KIND == "fp4":
-                    mine = page + place * DATA
-                    k = tl.load(mine[:, None] + half[None, :], mask=real[:, None], other=0)
+                    data = page + place * DATA
+                    k = tl.load(data[:, None] + half[None, :], mask=real[:, None], other=0)
                     s = tl.load((page + PER * DATA).to(tl.pointer_type(tl.int32)) + place, mask=real, other=0)
                 else:
-                    mine = page + place * DATA
-                    k = tl.load(mine[:, None] + dims[None, :], mask=real[:, None], other=0)
+                    data = page + place * DATA
+                    k = tl.load(data[:, None] + dims[None, :], mask=real[:, None], other=0)
                     s = tl.load((page + PER * DATA).to(tl.pointer_type(tl.float32)) + place, mask=real, other=0.0)
-            block, place = rows_of(entry + BN, count, table, PER)
             if KIND == "fp4":
                 wide = k.to(tl.int32)
                 even = widened_fp4(wide & 15, s, half).to(q.dtype.element_ty)

@@ -53,12 +53,11 @@ def small_kernel(scores, out, E, stride, COUNT, BLOCK: tl.constexpr, DIGIT: tl.c
     least = tl.zeros([], tl.uint32)
     agree = real
     for turn in tl.static_range(32 // DIGIT):
-        shift: tl.constexpr = 32 - DIGIT * (turn + 1)
-        digits = ((key >> shift) & (BINS - 1)).to(tl.int32)
+        digits = ((key >> (32 - DIGIT * (turn + 1))) & (BINS - 1)).to(tl.int32)
         counts = tl.histogram(digits, BINS, mask=agree)
         digit, wanted = threshold_digit(counts, wanted, BINS)
         agree = agree & (digits == digit)
-        least = least | (digit.to(tl.uint32) << shift)
+        least = (least << DIGIT) | digit.to(tl.uint32)
     above = real & (key > least)
     equal = real & (key == least)
     chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= wanted))
