@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from whalepod.kernels.attention_triton import combine_kernel, decode_kernel
+from whalepod.kernels import attention_triton
+from whalepod.kernels.attention_triton import combine_kernel
 from whalepod.kernels.decode_attention import Entries, decode_attention
 from whalepod.kernels.jit import INTERPRETED, runs, triton
 
@@ -21,12 +23,14 @@ class Tiles:
         keys: of a tile.
         split: tiles that are summed in one run.
         warps, stages: of a program.
+        gluon: overlap copies and products where the device can.
     """
 
     keys: int = 64
     split: int = 5
     warps: int = 8
     stages: int = 2
+    gluon: bool = True
 
 
 TILES = Tiles()
@@ -58,8 +62,19 @@ def sources(entries: Entries | None, q: Tensor, rings: Tensor) -> tuple[dict[str
     }, entries.most
 
 
-def head_block(heads: int) -> int:
+def kernels(device: torch.device, tiles: Tiles) -> tuple[Any, dict[str, int]]:
+    """The module whose kernels run on a device, and what they need besides."""
+    if tiles.gluon and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        from whalepod.kernels import attention_gluon
+
+        return attention_gluon, {"num_warps": 8}
+    return attention_triton, {"STAGES": tiles.stages, "num_warps": tiles.warps}
+
+
+def head_block(heads: int, source: Any) -> int:
     """Heads of a program."""
+    if source is not attention_triton:
+        return 64
     return min(64, max(16, triton.next_power_of_2(heads)))
 
 
@@ -82,7 +97,8 @@ def _decode(
     w, rd = rings.shape[1], 2 * turns_NP.shape[1]
     turns = torch.view_as_real(turns_NP).contiguous()
     kinds, most = sources(entries, q_NHD, rings)
-    h = head_block(heads)
+    source, extra = kernels(q_NHD.device, tiles)
+    h = head_block(heads, source)
     blocks = triton.cdiv(heads, h)
     parts = triton.cdiv(triton.cdiv(w, tiles.keys) + triton.cdiv(most, tiles.keys), tiles.split)
     out = torch.empty_like(q_NHD)
@@ -90,10 +106,10 @@ def _decode(
     sums = torch.empty(size, d, dtype=torch.float32, device=q_NHD.device)
     stats = torch.empty(size, 2, dtype=torch.float32, device=q_NHD.device)
     cut = {"H": h, "D": d, "RD": rd, "W": w, "BN": tiles.keys, "SPLIT": tiles.split}
-    decode_kernel[(blocks, parts, n)](
+    source.decode_kernel[(blocks, parts, n)](
         q=q_NHD, rings=rings, slots=slots_N, positions=positions_N, sink=sink_H, turns=turns,
         out=out, parts=sums, stats=stats, scale=scale_of(d), HEADS=heads, ALONE=parts == 1,
-        STAGES=tiles.stages, num_warps=tiles.warps, **kinds, **cut,
+        **extra, **kinds, **cut,
     )  # fmt: skip
     if parts > 1:
         few = min(8, h)

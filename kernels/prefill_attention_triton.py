@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from whalepod.kernels.attention_triton import prefill_kernel
 from whalepod.kernels.decode_attention import Entries
 from whalepod.kernels.decode_attention_triton import (
     TILES,
     Tiles,
     fits,
     head_block,
+    kernels,
     scale_of,
     sources,
 )
@@ -40,7 +40,8 @@ def _prefill(
         )  # fmt: skip
     t, heads, d = q_THD.shape
     kinds, most = sources(entries, q_THD, rings)
-    h = head_block(heads)
+    source, extra = kernels(q_THD.device, tiles)
+    h = head_block(heads, source)
     w, rd = rings.shape[1], 2 * turns_TP.shape[1]
     parts = triton.cdiv(triton.cdiv(w, tiles.keys) + triton.cdiv(most, tiles.keys), tiles.split)
     items = t * triton.cdiv(heads, h)
@@ -48,11 +49,11 @@ def _prefill(
     size = 1 if parts == 1 else programs * h
     scratch = torch.empty(size, d, dtype=torch.float32, device=q_THD.device)
     out = torch.empty_like(q_THD)
-    prefill_kernel[(programs,)](
+    source.prefill_kernel[(programs,)](
         q=q_THD, new=new_TD, rings=rings, slots=slots_T, positions=positions_T, starts=starts_T,
         sequences=sequences_T, sink=sink_H, turns=torch.view_as_real(turns_TP).contiguous(),
         out=out, scratch=scratch, scale=scale_of(d), T=t, HEADS=heads, H=h, D=d, RD=rd, W=w,
-        BN=tiles.keys, SPLIT=tiles.split, STAGES=tiles.stages, num_warps=tiles.warps, **kinds,
+        BN=tiles.keys, SPLIT=tiles.split, **extra, **kinds,
     )  # fmt: skip
     return out
 

@@ -66,12 +66,27 @@ def small_kernel(scores, out, E, stride, COUNT, BLOCK: tl.constexpr, DIGIT: tl.c
 
 
 @jit
+def narrowed(known, counts, COUNT, TURN: tl.constexpr, DIGIT: tl.constexpr):
+    """The threshold's first `TURN` digits, and how many of those that have them are wanted."""
+    if TURN == 0:
+        return tl.zeros([], tl.uint32), tl.zeros([], tl.int32) + COUNT
+    least, wanted = tl.zeros([], tl.uint32), tl.zeros([], tl.int32) + COUNT
+    if TURN > 1:
+        least = tl.load(known).to(tl.uint32, bitcast=True)
+        wanted = tl.load(known + 1)
+    bins = tl.arange(0, 1 << DIGIT)
+    digit, wanted = threshold_digit(tl.load(counts + bins), wanted, 1 << DIGIT)
+    return (least << DIGIT) | digit.to(tl.uint32), wanted
+
+
+@jit
 def digit_kernel(
-    scores, state, E, stride, COUNT, TURN: tl.constexpr, BLOCK: tl.constexpr, DIGIT: tl.constexpr
-):
+    scores, counts, known, E, stride, COUNT, TURN: tl.constexpr, BLOCK: tl.constexpr,
+    DIGIT: tl.constexpr,
+):  # fmt: skip
     """Grid (B, R): count this turn's digit where all earlier digits agree with the threshold.
 
-    `state` is `[R, turns, BINS]`, zero at first.
+    `counts` is `[R, turns, BINS]`, zero at first; `known` is `[R, turns + 1, 2]`.
     """
     BINS: tl.constexpr = 1 << DIGIT
     TURNS: tl.constexpr = 32 // DIGIT
@@ -79,41 +94,40 @@ def digit_kernel(
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = at < E
     key = ordered(tl.load(scores + row.to(tl.int64) * stride + at, mask=real, other=0.0))
-    bins = tl.arange(0, BINS)
-    counts_at = state + row * TURNS * BINS + bins
-    wanted = COUNT
-    for turn in tl.static_range(TURN):
-        digit, wanted = threshold_digit(tl.load(counts_at + turn * BINS), wanted, BINS)
-        real = real & (((key >> (32 - DIGIT * (turn + 1))) & (BINS - 1)).to(tl.int32) == digit)
+    counts += row * TURNS * BINS
+    known += row * (TURNS + 1) * 2
+    if TURN > 0:
+        least, wanted = narrowed(
+            known + 2 * (TURN - 1), counts + (TURN - 1) * BINS, COUNT, TURN, DIGIT
+        )
+        if tl.program_id(0) == 0:
+            tl.store(known + 2 * TURN, least.to(tl.int32, bitcast=True))
+            tl.store(known + 2 * TURN + 1, wanted)
+        real = real & ((key >> (32 - DIGIT * TURN)) == least)
     digits = ((key >> (32 - DIGIT * (TURN + 1))) & (BINS - 1)).to(tl.int32)
-    counts = tl.histogram(digits, BINS, mask=real)
-    tl.atomic_add(counts_at + TURN * BINS, counts, mask=counts > 0, sem="relaxed")
-
-
-@jit
-def least_kernel(state, COUNT, TURNS: tl.constexpr, BINS: tl.constexpr):
-    """Not launched alone: see `tally_kernel`."""
-    bins = tl.arange(0, BINS)
-    wanted = COUNT
-    least = tl.zeros([], tl.uint32)
-    for turn in tl.static_range(TURNS):
-        digit, wanted = threshold_digit(tl.load(state + turn * BINS + bins), wanted, BINS)
-        least = (least << (32 // TURNS)) | digit.to(tl.uint32)
-    return least, wanted
+    found = tl.histogram(digits, BINS, mask=real)
+    tl.atomic_add(
+        counts + TURN * BINS + tl.arange(0, BINS), found, mask=found > 0, sem="relaxed"
+    )
 
 
 @jit
 def tally_kernel(
-    scores, state, tally, E, stride, COUNT, BLOCK: tl.constexpr, DIGIT: tl.constexpr
+    scores, counts, known, tally, E, stride, COUNT, BLOCK: tl.constexpr, DIGIT: tl.constexpr
 ):
     """Grid (B, R): how many of a block exceed the threshold and how many equal it."""
     BINS: tl.constexpr = 1 << DIGIT
     TURNS: tl.constexpr = 32 // DIGIT
     row, block = tl.program_id(1), tl.program_id(0)
-    least, _ = least_kernel(state + row * TURNS * BINS, COUNT, TURNS, BINS)
     at = block * BLOCK + tl.arange(0, BLOCK)
     real = at < E
     key = ordered(tl.load(scores + row.to(tl.int64) * stride + at, mask=real, other=0.0))
+    known += row * (TURNS + 1) * 2
+    counts += (row * TURNS + TURNS - 1) * BINS
+    least, wanted = narrowed(known + 2 * (TURNS - 1), counts, COUNT, TURNS, DIGIT)
+    if block == 0:
+        tl.store(known + 2 * TURNS, least.to(tl.int32, bitcast=True))
+        tl.store(known + 2 * TURNS + 1, wanted)
     to = tally + (row * tl.num_programs(0) + block) * 2
     tl.store(to, tl.sum((real & (key > least)).to(tl.int32), 0))
     tl.store(to + 1, tl.sum((real & (key == least)).to(tl.int32), 0))
@@ -121,28 +135,30 @@ def tally_kernel(
 
 @jit
 def pick_kernel(
-    scores, state, tally, out, E, stride, COUNT, BLOCKS, BLOCK: tl.constexpr,
+    scores, known, tally, out, E, stride, COUNT, BLOCKS, BLOCK: tl.constexpr,
     DIGIT: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Grid (B, R): write the picks of a block behind those of the blocks before it."""
-    BINS: tl.constexpr = 1 << DIGIT
     TURNS: tl.constexpr = 32 // DIGIT
     row, block = tl.program_id(1), tl.program_id(0)
-    least, wanted = least_kernel(state + row * TURNS * BINS, COUNT, TURNS, BINS)
-    others = tl.arange(0, MOST)
-    before = others < block
-    of = tally + (row * BLOCKS + others) * 2
-    above_before = tl.sum(tl.load(of, mask=before, other=0), 0)
-    equal_before = tl.sum(tl.load(of + 1, mask=before, other=0), 0)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    real = at < E
-    key = ordered(tl.load(scores + row.to(tl.int64) * stride + at, mask=real, other=0.0))
-    above, equal = real & (key > least), real & (key == least)
-    rank = equal_before + tl.cumsum(equal.to(tl.int32), 0)
-    chosen = above | (equal & (rank <= wanted))
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    place += above_before + tl.minimum(equal_before, wanted)
-    tl.store(out + row.to(tl.int64) * COUNT + place, at.to(tl.int64), mask=chosen)
+    known += (row * (TURNS + 1) + TURNS) * 2
+    least, wanted = tl.load(known).to(tl.uint32, bitcast=True), tl.load(known + 1)
+    of = tally + row * BLOCKS * 2
+    here = tl.load(of + 2 * block) + tl.load(of + 2 * block + 1)
+    if here > 0:
+        others = tl.arange(0, MOST)
+        before = others < block
+        above_before = tl.sum(tl.load(of + 2 * others, mask=before, other=0), 0)
+        equal_before = tl.sum(tl.load(of + 2 * others + 1, mask=before, other=0), 0)
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        real = at < E
+        key = ordered(tl.load(scores + row.to(tl.int64) * stride + at, mask=real, other=0.0))
+        above, equal = real & (key > least), real & (key == least)
+        rank = equal_before + tl.cumsum(equal.to(tl.int32), 0)
+        chosen = above | (equal & (rank <= wanted))
+        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        place += above_before + tl.minimum(equal_before, wanted)
+        tl.store(out + row.to(tl.int64) * COUNT + place, at.to(tl.int64), mask=chosen)
 
 
 @select.twin("triton", runs)
@@ -162,12 +178,13 @@ def _select(scores_RE: Tensor, count: int, block: int = _BLOCK, warps: int = 4) 
         return out
     blocks = triton.cdiv(e, block)
     turns = 32 // _DIGIT
-    state = torch.zeros(rows, turns, 1 << _DIGIT, dtype=torch.int32, device=device)
+    counts = torch.zeros(rows, turns, 1 << _DIGIT, dtype=torch.int32, device=device)
+    known = torch.empty(rows, turns + 1, 2, dtype=torch.int32, device=device)
     tally = torch.empty(rows, blocks, 2, dtype=torch.int32, device=device)
     grid, cut = (blocks, rows), {"BLOCK": block, "DIGIT": _DIGIT, "num_warps": warps}
     for turn in range(turns):
-        digit_kernel[grid](scores_RE, state, e, stride, count, TURN=turn, **cut)
-    tally_kernel[grid](scores_RE, state, tally, e, stride, count, **cut)
+        digit_kernel[grid](scores_RE, counts, known, e, stride, count, TURN=turn, **cut)
+    tally_kernel[grid](scores_RE, counts, known, tally, e, stride, count, **cut)
     most = triton.next_power_of_2(blocks)
-    pick_kernel[grid](scores_RE, state, tally, out, e, stride, count, blocks, MOST=most, **cut)
+    pick_kernel[grid](scores_RE, known, tally, out, e, stride, count, blocks, MOST=most, **cut)
     return out
