@@ -142,9 +142,9 @@ def index_inputs(kind: KeyFormat, n: int, e: int, per: int = 32) -> tuple[object
             keys[:, : per * 128] &= 0xF7
             keys[:, per * 128 :] = torch.ones(1, device=DEVICE).view(torch.uint8).repeat(per)
     table = torch.randperm(blocks, device=DEVICE).view(n, -1).int()
-    own, seen = torch.arange(n, device=DEVICE), torch.full((n,), e, device=DEVICE)
+    seen = torch.full((n,), e, device=DEVICE)
     gate = torch.randn(n, 64, device=DEVICE)
-    return draw(n, 64, 128), gate, keys, kind, per, table, own, seen
+    return draw(n, 64, 128), gate, keys, kind, per, table, None, seen
 
 
 def index_row(kind: KeyFormat, n: int, e: int) -> gpu.Row:

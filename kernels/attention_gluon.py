@@ -78,7 +78,7 @@ def attend(
     keys: gl.constexpr = gl.SliceLayout(1, L)
     m = gl.full([H], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     total = gl.zeros([H], gl.float32, gl.SliceLayout(1, SCORES))
-    acc = warpgroup_mma_init(gl.zeros([H, D], gl.float32, SUMS))
+    acc = gl.zeros([H, D], gl.float32, SUMS)
     none = gl.zeros([H, BN], gl.float32, SCORES)
     row = entry_rows(first, where, rows, listed, table, width, seen, RT, BN, PER, LISTED, keys)
     gl.thread_barrier()
@@ -91,8 +91,6 @@ def attend(
         fence_async_shared()
         gl.thread_barrier()
         z = warpgroup_mma(query, kv.permute((1, 0)), none, use_acc=False, is_async=True)
-        sums = warpgroup_mma_wait(1, deps=[acc])
-        gl.thread_barrier()
         if tile + 1 < stop:
             fetch(buffers.index((tile + 1 - first) % 2), tile + 1, row, t, position, slot, reach,
                   seen, rings, pool, new, D, W, BN, NEW, L)  # fmt: skip
@@ -109,8 +107,9 @@ def attend(
         m = high
         old = gl.convert_layout(old, gl.SliceLayout(1, SUMS))
         weights = gl.convert_layout(p.to(kv.dtype), gl.DotOperandLayout(0, SUMS, 2))
-        acc = warpgroup_mma(weights, kv, sums * gl.expand_dims(old, 1), is_async=True)
-    return m, total, warpgroup_mma_wait(0, deps=[acc])
+        acc = warpgroup_mma(weights, kv, acc * gl.expand_dims(old, 1), is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    return m, total, acc
 
 
 @gluon.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 from whalepod.kernels import attention_triton
 from whalepod.kernels.attention_triton import combine_kernel
 from whalepod.kernels.decode_attention import Entries, decode_attention
-from whalepod.kernels.jit import INTERPRETED, runs, triton
+from whalepod.kernels.jit import INTERPRETED, on_hopper, runs, triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def sources(entries: Entries | None, q: Tensor, rings: Tensor) -> tuple[dict[str
 
 def kernels(device: torch.device, tiles: Tiles) -> tuple[Any, dict[str, int]]:
     """The module whose kernels run on a device, and what they need besides."""
-    if tiles.gluon and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+    if tiles.gluon and on_hopper(device):
         from whalepod.kernels import attention_gluon
 
         return attention_gluon, {"num_warps": 8}

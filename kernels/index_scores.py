@@ -45,7 +45,7 @@ def index_scores(
     kind: KeyFormat,
     per: int,
     table_SB: Tensor,
-    sequences_T: Tensor,
+    sequences_T: Tensor | None,
     seen_T: Tensor,
 ) -> Tensor:
     """`sum_h gate[t, h] * relu(q[t, h] . key[e])` for every entry that a query sees.
@@ -57,7 +57,7 @@ def index_scores(
         kind: which of these.
         per: entries of a block.
         table_SB: `[S, B]` blocks of each sequence.
-        sequences_T: `[T]` row of the table.
+        sequences_T: `[T]` row of the table; None where query t has row t.
         seen_T: `[T]` how many entries each query sees.
 
     Returns:
@@ -73,7 +73,8 @@ def index_scores(
     rows = (table_SB.long().unsqueeze(-1) * per + inside).flatten(1)
     out = torch.empty(len(q_THI), rows.shape[1], dtype=torch.float32, device=keys.device)
     order = torch.arange(rows.shape[1], device=keys.device)
-    for i, s in enumerate(sequences_T.tolist()):
+    owners = range(len(q_THI)) if sequences_T is None else sequences_T.tolist()
+    for i, s in enumerate(owners):
         raw = (q_THI[i].float() @ keys[rows[s]].float().T).relu()
         out[i] = gate_TH[i].float() @ raw
     return out.masked_fill_(order >= seen_T.unsqueeze(-1), float("-inf"))

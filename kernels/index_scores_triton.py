@@ -6,22 +6,28 @@ Legend: T queries, H index heads, I index_head_dim, E entries, BN keys of a tile
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from whalepod.kernels.attention_triton import WIDE, product
 from whalepod.kernels.index_scores import KeyFormat, index_scores
-from whalepod.kernels.jit import INTERPRETED, jit, runs, tl, triton
+from whalepod.kernels.jit import INTERPRETED, jit, on_hopper, runs, tl, triton
+
+
+# Programs that fill a GPU, three on each processor.
+_PROGRAMS = 396
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Keys of a tile, tiles of a program, and the program's warps."""
+    """Keys of a tile, tiles of a program (0: as many as share a row out evenly), and warps."""
 
     keys: int = 128
-    run: int = 8
+    run: int = 0
     warps: int = 4
+    gluon: bool = True
 
 
 # E2M1 pairs to bf16: magnitude bits below the exponent's lowest, the sign on top, times the scale.
@@ -30,7 +36,7 @@ shl.b32 t, {from}, {up}; shl.b32 u, {from}, {sign};
 and.b32 t, t, 0x01C001C0; and.b32 u, u, 0x80008000; or.b32 t, t, u;
 mul.rn.bf16x2 {to}, t, $5;
 """
-_FP4 = "".join(
+FP4_TO_BF16 = "".join(
     [
         "{ .reg .b32 a, b, t, u; prmt.b32 a, $4, 0, 0x4140; prmt.b32 b, $4, 0, 0x4342;",
         *(
@@ -46,7 +52,7 @@ _FP4 = "".join(
     ]
 )
 # E4M3 to bf16: the exponent's bias differs by 120.
-_FP8 = """{ .reg .b32 a, b, c, k;
+FP8_TO_BF16 = """{ .reg .b32 a, b, c, k;
 mov.b32 k, 0x7B807B80;
 prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;
 and.b32 c, a, 0x80008000; shr.b32 a, a, 4; and.b32 a, a, 0x07F007F0; or.b32 a, a, c;
@@ -54,7 +60,7 @@ mul.rn.bf16x2 $0, a, k;
 and.b32 c, b, 0x80008000; shr.b32 b, b, 4; and.b32 b, b, 0x07F007F0; or.b32 b, b, c;
 mul.rn.bf16x2 $1, b, k; }"""
 if tl is not None:
-    _FP4, _FP8 = tl.constexpr(_FP4), tl.constexpr(_FP8)
+    FP4_TO_BF16, FP8_TO_BF16 = tl.constexpr(FP4_TO_BF16), tl.constexpr(FP8_TO_BF16)
 
 
 @jit
@@ -73,7 +79,7 @@ def widened_fp4(codes, scales):
         twice = exponent << 7 | exponent << 23
         twice = twice[:, :, None] + tl.zeros_like(codes).to(tl.int32)
         even, odd = tl.inline_asm_elementwise(
-            _FP4, "=r,=r,=r,=r,r,r,r,r,r", [codes, twice], (tl.bfloat16, tl.bfloat16), True, 4
+            FP4_TO_BF16, "=r,=r,=r,=r,r,r,r,r,r", [codes, twice], (tl.bfloat16, tl.bfloat16), True, 4
         )
     return even, odd
 
@@ -84,7 +90,7 @@ def widened_fp8(codes):
     if WIDE:
         wide = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
-        wide = tl.inline_asm_elementwise(_FP8, "=r,=r,r", [codes], tl.bfloat16, True, 4)
+        wide = tl.inline_asm_elementwise(FP8_TO_BF16, "=r,=r,r", [codes], tl.bfloat16, True, 4)
     return wide
 
 
@@ -121,9 +127,9 @@ def read_keys(entry, block, seen, keys, STRIDE: tl.constexpr, DIM: tl.constexpr,
 
 @jit
 def scores_kernel(
-    q, gate, keys, table, sequences, seen, out, width, E, HEADS, STRIDE: tl.constexpr,
+    q, gate, keys, table, sequences, seen, out, width, E, HEADS, RUN, STRIDE: tl.constexpr,
     H: tl.constexpr, DIM: tl.constexpr, PER: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr,
-    RUN: tl.constexpr,
+    OWN: tl.constexpr,
 ):  # fmt: skip
     """Grid (runs of tiles, T). The next tile's keys are on their way while one is multiplied."""
     t = tl.program_id(1).to(tl.int64)
@@ -136,7 +142,10 @@ def scores_kernel(
     if first < count:
         head = tl.arange(0, H)
         g = tl.load(gate + t * HEADS + head, mask=head < HEADS, other=0.0).to(tl.float32)
-        table += tl.load(sequences + t).to(tl.int64) * width
+        if OWN:
+            table += t * width
+        else:
+            table += tl.load(sequences + t).to(tl.int64) * width
         mine = q + t * HEADS * DIM + head[:, None] * DIM
         own = (head < HEADS)[:, None]
         if KIND == "fp4":
@@ -177,7 +186,7 @@ def _scores(
     kind: KeyFormat,
     per: int,
     table_SB: Tensor,
-    sequences_T: Tensor,
+    sequences_T: Tensor | None,
     seen_T: Tensor,
     tiles: Tiles | None = None,
 ) -> Tensor:
@@ -189,9 +198,15 @@ def _scores(
     t, heads, dims = q_THI.shape
     e = table_SB.shape[1] * per
     out = torch.empty(t, e, dtype=torch.float32, device=q_THI.device)
-    scores_kernel[(triton.cdiv(e, tiles.keys * tiles.run), t)](
-        q_THI, gate_TH, keys, table_SB, sequences_T, seen_T, out, table_SB.shape[1], e, heads,
+    run = tiles.run or min(16, max(1, triton.cdiv(t * triton.cdiv(e, tiles.keys), _PROGRAMS)))
+    source: Any = scores_kernel
+    if tiles.gluon and dims == 128 and on_hopper(q_THI.device):
+        from whalepod.kernels import index_scores_gluon
+
+        source = index_scores_gluon.scores_kernel
+    source[(triton.cdiv(e, tiles.keys * run), t)](
+        q_THI, gate_TH, keys, table_SB, sequences_T, seen_T, out, table_SB.shape[1], e, heads, run,
         STRIDE=keys.stride(0), H=max(16, triton.next_power_of_2(heads)), DIM=dims, PER=per,
-        KIND=kind, BN=tiles.keys, RUN=tiles.run, num_warps=tiles.warps,
+        KIND=kind, BN=tiles.keys, num_warps=tiles.warps, OWN=sequences_T is None,
     )  # fmt: skip
     return out
