@@ -15,7 +15,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -23,13 +22,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 @gluon.jit
 def entry_rows(tile, where, rows, listed, table, width, seen, RT: gl.constexpr, BN: gl.constexpr,
                PER: gl.constexpr, LISTED: gl.constexpr, L: gl.constexpr):  # fmt: skip
-    """Flat pool row of each entry of a tile; 0 where there is none, as in all ring tiles."""
+    """Flat pool row of each entry of a tile; 0 where there is none, as in all ring tiles.
+
+    The loads' bounds are those of the lists, so that they need not wait for `seen`.
+    """
     entry = (tile - RT) * BN + gl.arange(0, BN, L)
     real = (entry >= 0) & (entry < seen)
     if LISTED:
-        return gl.load(rows + where.to(gl.int64) * listed + entry, mask=real, other=0).to(gl.int64)
-    block = gl.load(table + width * where.to(gl.int64) + entry // PER, mask=real, other=0)
-    return block.to(gl.int64) * PER + entry % PER
+        row = gl.load(
+            rows + where.to(gl.int64) * listed + entry, mask=(entry >= 0) & (entry < listed), other=0
+        )
+    else:
+        block = gl.load(
+            table + width * where.to(gl.int64) + entry // PER,
+            mask=(entry >= 0) & (entry < width * PER), other=0,
+        )  # fmt: skip
+        row = block.to(gl.int64) * PER + entry % PER
+    return gl.where(real, row.to(gl.int64), 0)
 
 
 @gluon.jit
@@ -42,27 +51,30 @@ def ring_age(tile, position, W: gl.constexpr, BN: gl.constexpr, L: gl.constexpr)
 def visible(tile, position, seen, W: gl.constexpr, BN: gl.constexpr, L: gl.constexpr):
     """Which keys of a tile the query sees."""
     RT: gl.constexpr = (W + BN - 1) // BN
-    slot = tile * BN + gl.arange(0, BN, L)
-    in_ring = (slot < W) & (ring_age(tile, position, W, BN, L) <= position)
-    return gl.where(tile < RT, in_ring, slot - RT * BN < seen)
+    # A slot above the query's position is of the lap before the first.
+    limit = gl.where(tile < RT, gl.minimum(W, position + 1), seen + RT * BN) - tile * BN
+    return gl.arange(0, BN, L) < limit
 
 
 @gluon.jit
 def fetch(to, tile, row, t, position, slot, reach, seen, rings, pool, new, D: gl.constexpr,
-          W: gl.constexpr, BN: gl.constexpr, NEW: gl.constexpr, L: gl.constexpr):  # fmt: skip
-    """Start copying a tile's keys, `[BN, D]`; what the query does not see becomes 0."""
+          W: gl.constexpr, BN: gl.constexpr, NEW: gl.constexpr, FLAT: gl.constexpr,
+          L: gl.constexpr):  # fmt: skip
+    """Start copying a tile's keys, `[BN, D]`; in place of those not seen, the query's own."""
     RT: gl.constexpr = (W + BN - 1) // BN
-    keys: gl.constexpr = gl.SliceLayout(1, L)
-    ok = visible(tile, position, seen, W, BN, keys)
-    in_ring = slot.to(gl.int64) * W + tile * BN + gl.arange(0, BN, keys)
+    # One thread works a key's address out for all that copy it.
+    in_ring = slot.to(gl.int64) * W + tile * BN + gl.arange(0, BN, FLAT)
     at = gl.where(tile < RT, rings + in_ring * D, pool + row * D)
+    own = rings + (slot.to(gl.int64) * W + position % W) * D
     if NEW:
-        age = ring_age(tile, position, W, BN, keys)
+        own = new + t.to(gl.int64) * D
+        age = ring_age(tile, position, W, BN, FLAT)
         at = gl.where((tile < RT) & (age <= reach), new + (t - age).to(gl.int64) * D, at)
-    dims = gl.arange(0, D, gl.SliceLayout(0, L))
-    async_copy.async_copy_global_to_shared(
-        to, gl.expand_dims(at, 1) + gl.expand_dims(dims, 0), mask=gl.expand_dims(ok, 1)
-    )
+    # Weights of 0 do not hide what memory that was never written may hold.
+    at = gl.where(visible(tile, position, seen, W, BN, FLAT), at, own)
+    at = gl.expand_dims(gl.convert_layout(at, gl.SliceLayout(1, L)), 1)
+    dims = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, L)), 0)
+    async_copy.async_copy_global_to_shared(to, at + dims)
     async_copy.commit_group()
 
 
@@ -73,18 +85,21 @@ def attend(
     BN: gl.constexpr, PER: gl.constexpr, LISTED: gl.constexpr, NEW: gl.constexpr,
     L: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """Sum tiles `first .. stop-1` of one query. Returns maximum, sum, weighted sum."""
+    """Sum tiles `first .. stop-1` of one query. Returns maximum, sum, weighted sum.
+
+    `query` may still be on its way.
+    """
     RT: gl.constexpr = (W + BN - 1) // BN
-    keys: gl.constexpr = gl.SliceLayout(1, L)
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     m = gl.full([H], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    total = gl.zeros([H], gl.float32, gl.SliceLayout(1, SCORES))
-    acc = gl.zeros([H, D], gl.float32, SUMS)
     none = gl.zeros([H, BN], gl.float32, SCORES)
-    row = entry_rows(first, where, rows, listed, table, width, seen, RT, BN, PER, LISTED, keys)
-    gl.thread_barrier()
+    # Each half of the warps sums its own half of the keys.
+    total = gl.sum(gl.reshape(none, [H, 2, BN // 2]), 2)
+    acc = gl.zeros([H, D], gl.float32, SUMS)
+    row = entry_rows(first, where, rows, listed, table, width, seen, RT, BN, PER, LISTED, FLAT)
     fetch(buffers.index(0), first, row, t, position, slot, reach, seen, rings, pool, new, D, W,
-          BN, NEW, L)  # fmt: skip
-    row = entry_rows(first + 1, where, rows, listed, table, width, seen, RT, BN, PER, LISTED, keys)
+          BN, NEW, FLAT, L)  # fmt: skip
+    row = entry_rows(first + 1, where, rows, listed, table, width, seen, RT, BN, PER, LISTED, FLAT)
     for tile in range(first, stop):
         kv = buffers.index((tile - first) % 2)
         async_copy.wait_group(0)
@@ -93,23 +108,25 @@ def attend(
         z = warpgroup_mma(query, kv.permute((1, 0)), none, use_acc=False, is_async=True)
         if tile + 1 < stop:
             fetch(buffers.index((tile + 1 - first) % 2), tile + 1, row, t, position, slot, reach,
-                  seen, rings, pool, new, D, W, BN, NEW, L)  # fmt: skip
+                  seen, rings, pool, new, D, W, BN, NEW, FLAT, L)  # fmt: skip
         row = entry_rows(
-            tile + 2, where, rows, listed, table, width, seen, RT, BN, PER, LISTED, keys
+            tile + 2, where, rows, listed, table, width, seen, RT, BN, PER, LISTED, FLAT
         )
-        z = warpgroup_mma_wait(0, deps=[z])
         ok = visible(tile, position, seen, W, BN, gl.SliceLayout(0, SCORES))
+        z = warpgroup_mma_wait(0, deps=[z])
         z = gl.where(gl.expand_dims(ok, 0), z, float("-inf"))
         high = gl.maximum(m, gl.max(z, 1) * scale)
         p = gl.exp2(gl.fma(z, none + scale, none - gl.expand_dims(high, 1)))
         old = gl.exp2(m - high)
-        total = gl.fma(total, old, gl.sum(p, 1))
         m = high
-        old = gl.convert_layout(old, gl.SliceLayout(1, SUMS))
         weights = gl.convert_layout(p.to(kv.dtype), gl.DotOperandLayout(0, SUMS, 2))
-        acc = warpgroup_mma(weights, kv, acc * gl.expand_dims(old, 1), is_async=True)
+        both = gl.sum(gl.reshape(p, [H, 2, BN // 2]), 2)
+        factor = gl.expand_dims(gl.convert_layout(old, gl.SliceLayout(1, both.type.layout)), 1)
+        total = gl.fma(total, factor + gl.zeros_like(total), both)
+        old = gl.expand_dims(gl.convert_layout(old, gl.SliceLayout(1, SUMS)), 1)
+        acc = warpgroup_mma(weights, kv, acc * old, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-    return m, total, acc
+    return m, gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SCORES)), acc
 
 
 @gluon.jit
@@ -136,12 +153,13 @@ def turned_back(x, t, turns, H: gl.constexpr, D: gl.constexpr, RD: gl.constexpr)
 
 
 @gluon.jit
-def read_query(q, t, block, HEADS, H: gl.constexpr, D: gl.constexpr, L: gl.constexpr):
-    """A query's heads, `[H, D]`."""
+def read_query(to, q, t, block, HEADS, H: gl.constexpr, D: gl.constexpr, L: gl.constexpr):
+    """Start copying a query's heads, `[H, D]`."""
     head = block * H + gl.arange(0, H, gl.SliceLayout(1, L))
     dims = gl.arange(0, D, gl.SliceLayout(0, L))
-    at = (t.to(gl.int64) * HEADS + gl.expand_dims(head, 1)) * D + gl.expand_dims(dims, 0)
-    return gl.load(q + at, mask=gl.expand_dims(head < HEADS, 1), other=0.0)
+    at = q + t.to(gl.int64) * HEADS * D + gl.expand_dims(head, 1) * D + gl.expand_dims(dims, 0)
+    async_copy.async_copy_global_to_shared(to, at, mask=gl.expand_dims(head < HEADS, 1))
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -174,7 +192,8 @@ def decode_kernel(
     tiles = RT + gl.cdiv(entries, BN)
     if part * SPLIT < tiles:
         kind: gl.constexpr = q.dtype.element_ty
-        query = gl.allocate_shared_memory(kind, [H, D], SHARED, read_query(q, t, block, HEADS, H, D, L))
+        query = gl.allocate_shared_memory(kind, [H, D], SHARED)
+        read_query(query, q, t, block, HEADS, H, D, L)
         buffers = gl.allocate_shared_memory(kind, [2, BN, D], SHARED)
         m, total, acc = attend(
             query, buffers, t, t, part * SPLIT, gl.minimum(part * SPLIT + SPLIT, tiles),
@@ -231,7 +250,7 @@ def prefill_kernel(
         tiles = RT + gl.cdiv(entries, BN)
         where = t if LISTED else gl.load(sequences + t).to(gl.int32)
         gl.thread_barrier()
-        query.store(read_query(q, t, block, HEADS, H, D, L))
+        read_query(query, q, t, block, HEADS, H, D, L)
         m = gl.load(sink + head, mask=head < HEADS, other=0.0) * 1.4426950408889634
         total = gl.full([H], 1.0, gl.float32, gl.SliceLayout(1, SCORES))
         for first in range(0, tiles, SPLIT):
