@@ -25,35 +25,60 @@ def blocks_of(entry, seen, table, room, PER: gl.constexpr):
 
 
 @gluon.jit
-def read_fp4(entry, block, seen, keys, STRIDE: gl.constexpr, PER: gl.constexpr, L: gl.constexpr):
-    """Data `[BN, 4, 16]` and scales `[BN, 4]` of a tile of entries."""
+def read_fp4(entry, block, keys, STRIDE: gl.constexpr, PER: gl.constexpr, L: gl.constexpr):
+    """Data `[BN, 4, 4]`, 8 codes a word, and scales `[BN, 4]` of a tile of entries."""
     G: gl.constexpr = gl.SliceLayout(2, L)
     page = keys + block * STRIDE
     group = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, G)), 0)
-    inside = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, L)))
+    inside = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))
     inside = gl.expand_dims(gl.expand_dims(inside, 0), 1)
-    real = gl.expand_dims(entry < seen, 1)
-    at = gl.expand_dims(page + entry % PER * 64, 1) + 16 * group
-    data = gl.load(gl.expand_dims(at, 2) + inside, mask=gl.expand_dims(real, 2), other=0)
-    at = gl.expand_dims(page + PER * 64 + entry % PER * 4, 1) + group
-    return data, gl.load(at, mask=real, other=0)
+    at = (page + entry % PER * 64).to(gl.pointer_type(gl.int32))
+    at = gl.expand_dims(gl.expand_dims(at, 1) + 4 * group, 2) + inside
+    scales = gl.load(gl.expand_dims(page + PER * 64 + entry % PER * 4, 1) + group)
+    return gl.load(at), scales.to(gl.int32)
 
 
 @gluon.jit
-def read_rows(entry, block, seen, keys, stride, offset, L: gl.constexpr):
-    """128 values of each entry; `stride` of a block's first, `offset` within the block."""
-    at = gl.expand_dims(keys + block * stride + offset, 1)
-    at = at + gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, L)), 0)
-    return at, gl.expand_dims(entry < seen, 1)
+def widen_fp4(codes, scales, evens, odds, BN: gl.constexpr):
+    """Write a tile's even and odd dims as bf16, times 2^-26."""
+    twice = gl.expand_dims((scales + 100) << 7 | (scales + 100) << 23, 2) + gl.zeros_like(codes)
+    a, b, c, d = gl.inline_asm_elementwise(
+        FP4_TO_BF16, "=r,=r,=r,=r,r,r", [codes, twice],
+        (gl.int32, gl.int32, gl.int32, gl.int32), True, 1,
+    )  # fmt: skip
+    words: gl.constexpr = gl.NVMMASharedLayout(128, 32)
+    evens._reinterpret(gl.int32, [BN, 32], words).store(gl.reshape(gl.join(a, b), [BN, 32]))
+    odds._reinterpret(gl.int32, [BN, 32], words).store(gl.reshape(gl.join(c, d), [BN, 32]))
 
 
 @gluon.jit
-def read_fp8(entry, block, seen, keys, STRIDE: gl.constexpr, PER: gl.constexpr, L: gl.constexpr):
-    """Data `[BN, 128]` and scales `[BN]` of a tile of entries."""
-    at, real = read_rows(entry, block, seen, keys, STRIDE, entry % PER * 128, L)
-    page = (keys + block * STRIDE + PER * 128).to(gl.pointer_type(gl.float32))
-    scales = gl.load(page + entry % PER, mask=entry < seen, other=0.0)
-    return gl.load(at, mask=real, other=0), scales
+def read_fp8(entry, block, keys, STRIDE: gl.constexpr, PER: gl.constexpr, L: gl.constexpr):
+    """Data `[BN, 32]`, 4 codes a word, and scales `[BN]` of a tile of entries."""
+    page = keys + block * STRIDE
+    at = (page + entry % PER * 128).to(gl.pointer_type(gl.int32))
+    word = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, L)), 0)
+    scales = gl.load((page + PER * 128).to(gl.pointer_type(gl.float32)) + entry % PER)
+    return gl.load(gl.expand_dims(at, 1) + word), scales
+
+
+@gluon.jit
+def widen_fp8(codes, to, BN: gl.constexpr):
+    """Write a tile's dims as bf16."""
+    a, b = gl.inline_asm_elementwise(
+        FP8_TO_BF16, "=r,=r,r", [codes], (gl.int32, gl.int32), True, 1
+    )
+    words: gl.constexpr = gl.NVMMASharedLayout(128, 32)
+    both = gl.reshape(gl.join(a, b), [BN, 64])
+    to._reinterpret(gl.int32, [BN, 64], words).store(both)
+
+
+@gluon.jit
+def copy_rows(to, entry, block, keys, PER: gl.constexpr, L: gl.constexpr):
+    """Start copying a tile's rows; one thread works a row's address out for all that copy it."""
+    at = gl.convert_layout(keys + (block * PER + entry % PER) * 128, gl.SliceLayout(1, L))
+    dims = gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, L)), 0)
+    async_copy.async_copy_global_to_shared(to, gl.expand_dims(at, 1) + dims)
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -87,19 +112,43 @@ def scores_kernel(
         gl.store(out + at + lane, gl.full([BN], float("-inf"), gl.float32, FLAT), mask=at + lane < E)
     if first < count:
         table += sequence * width
+        # The keys first: everything else is nearer.
+        if KIND == "fp4":
+            L: gl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 4, 1], [4, 1, 1], [2, 1, 0])
+            row = gl.arange(0, BN, gl.SliceLayout(1, gl.SliceLayout(2, L)))
+        elif KIND == "fp8":
+            L: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+            row = gl.arange(0, BN, gl.SliceLayout(1, L))
+        else:
+            L: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+            row = gl.arange(0, BN, FLAT)
+        block = blocks_of(first + row, stop, table, E, PER)
+        block1 = blocks_of(first + BN + row, stop, table, E, PER)
+        block2 = blocks_of(first + 2 * BN + row, stop, table, E, PER)
+        block3 = blocks_of(first + 3 * BN + row, stop, table, E, PER)
+        if KIND == "fp4":
+            codes, scales = read_fp4(first + row, block, keys, STRIDE, PER, L)
+            codes1, scales1 = read_fp4(first + BN + row, block1, keys, STRIDE, PER, L)
+            codes2, scales2 = read_fp4(first + 2 * BN + row, block2, keys, STRIDE, PER, L)
+        elif KIND == "fp8":
+            codes, scales = read_fp8(first + row, block, keys, STRIDE, PER, L)
+            codes1, scales1 = read_fp8(first + BN + row, block1, keys, STRIDE, PER, L)
+            codes2, scales2 = read_fp8(first + 2 * BN + row, block2, keys, STRIDE, PER, L)
+        else:
+            buffers = gl.allocate_shared_memory(gl.bfloat16, [4, BN, DIM], SHARED)
+            copy_rows(buffers.index(0), first + row, block, keys, PER, L)
+            copy_rows(buffers.index(1), first + BN + row, block1, keys, PER, L)
+            copy_rows(buffers.index(2), first + 2 * BN + row, block2, keys, PER, L)
         own = gl.arange(0, H, gl.SliceLayout(0, Z))
         g = gl.load(gate + t * HEADS + own, mask=own < HEADS, other=0.0).to(gl.float32)
         none = gl.zeros([BN, H], gl.float32, Z)
         WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
         head = gl.expand_dims(gl.arange(0, H, gl.SliceLayout(1, WIDE)), 1)
-        mine = q + t * HEADS * DIM + head * DIM
+        dims = gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, WIDE)), 0)
+        query = gl.load(q + t * HEADS * DIM + head * DIM + dims, mask=head < HEADS, other=0.0)
         if KIND == "fp4":
-            L: gl.constexpr = gl.BlockedLayout([1, 1, 16], [8, 4, 1], [4, 1, 1], [2, 1, 0])
-            ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))
+            low, high = gl.split(gl.reshape(query, [H, DIM // 2, 2]))
             HALF: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-            dims = gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, WIDE)), 0)
-            both = gl.load(mine + dims, mask=head < HEADS, other=0.0)
-            low, high = gl.split(gl.reshape(both, [H, DIM // 2, 2]))
             low = gl.allocate_shared_memory(
                 gl.bfloat16, [H, DIM // 2], SHARED, gl.convert_layout(low, HALF)
             )
@@ -108,88 +157,44 @@ def scores_kernel(
             )
             evens = gl.allocate_shared_memory(gl.bfloat16, [BN, DIM // 2], SHARED)
             odds = gl.allocate_shared_memory(gl.bfloat16, [BN, DIM // 2], SHARED)
-            row = gl.arange(0, BN, ROWS)
-            block = blocks_of(first + row, count, table, E, PER)
-            codes, scales = read_fp4(first + row, block, count, keys, STRIDE, PER, L)
-            block = blocks_of(first + BN + row, count, table, E, PER)
-            for at in range(first, stop, BN):
-                exponent = scales.to(gl.int32) + 100
-                twice = gl.expand_dims(exponent << 7 | exponent << 23, 2)
-                twice = twice + gl.zeros([BN, 4, 16], gl.int32, L)
-                even, odd = gl.inline_asm_elementwise(
-                    FP4_TO_BF16, "=r,=r,=r,=r,r,r,r,r,r", [codes, twice],
-                    (gl.bfloat16, gl.bfloat16), True, 4,
-                )  # fmt: skip
-                codes, scales = read_fp4(at + BN + row, block, count, keys, STRIDE, PER, L)
-                block = blocks_of(at + 2 * BN + row, count, table, E, PER)
+        else:
+            query = gl.allocate_shared_memory(gl.bfloat16, [H, DIM], SHARED, query)
+            if KIND == "fp8":
+                buffer = gl.allocate_shared_memory(gl.bfloat16, [BN, DIM], SHARED)
+        for at in range(first, stop, BN):
+            ahead = at + 3 * BN + row
+            scale = 1.0
+            if KIND == "fp4":
                 gl.thread_barrier()
-                evens.store(gl.reshape(even, [BN, DIM // 2]))
-                odds.store(gl.reshape(odd, [BN, DIM // 2]))
+                widen_fp4(codes, scales, evens, odds, BN)
+                codes, scales, codes1, scales1 = codes1, scales1, codes2, scales2
+                codes2, scales2 = read_fp4(ahead, block3, keys, STRIDE, PER, L)
                 fence_async_shared()
                 gl.thread_barrier()
                 z = warpgroup_mma(evens, low.permute((1, 0)), none, use_acc=False, is_async=True)
                 z = warpgroup_mma(odds, high.permute((1, 0)), z, is_async=True)
-                z = warpgroup_mma_wait(0, deps=[z])
-                finish(z, g, at, count, out, E, 67108864.0, BN)
-        else:
-            dims = gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, WIDE)), 0)
-            query = gl.allocate_shared_memory(
-                gl.bfloat16, [H, DIM], SHARED, gl.load(mine + dims, mask=head < HEADS, other=0.0)
-            )
-            if KIND == "fp8":
-                L: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
-                row = gl.arange(0, BN, gl.SliceLayout(1, L))
-                buffer = gl.allocate_shared_memory(gl.bfloat16, [BN, DIM], SHARED)
-                block = blocks_of(first + row, count, table, E, PER)
-                codes, scales = read_fp8(first + row, block, count, keys, STRIDE, PER, L)
-                block = blocks_of(first + BN + row, count, table, E, PER)
-                for at in range(first, stop, BN):
-                    wide = gl.inline_asm_elementwise(
-                        FP8_TO_BF16, "=r,=r,r", [codes], gl.bfloat16, True, 4
-                    )
-                    scale = gl.convert_layout(scales, gl.SliceLayout(1, Z))
-                    ahead = at + BN + row
-                    codes, scales = read_fp8(ahead, block, count, keys, STRIDE, PER, L)
-                    block = blocks_of(ahead + BN, count, table, E, PER)
-                    gl.thread_barrier()
-                    buffer.store(wide)
-                    fence_async_shared()
-                    gl.thread_barrier()
-                    z = warpgroup_mma(
-                        buffer, query.permute((1, 0)), none, use_acc=False, is_async=True
-                    )
-                    z = warpgroup_mma_wait(0, deps=[z])
-                    finish(z, g, at, count, out, E, scale, BN)
+                scale = 67108864.0
+            elif KIND == "fp8":
+                scale = gl.convert_layout(scales, gl.SliceLayout(1, Z))
+                gl.thread_barrier()
+                widen_fp8(codes, buffer, BN)
+                codes, scales, codes1, scales1 = codes1, scales1, codes2, scales2
+                codes2, scales2 = read_fp8(ahead, block3, keys, STRIDE, PER, L)
+                fence_async_shared()
+                gl.thread_barrier()
+                z = warpgroup_mma(
+                    buffer, query.permute((1, 0)), none, use_acc=False, is_async=True
+                )
             else:
-                row = gl.arange(0, BN, gl.SliceLayout(1, WIDE))
-                buffers = gl.allocate_shared_memory(gl.bfloat16, [3, BN, DIM], SHARED)
-                block = blocks_of(first + row, count, table, E, PER)
-                for ready in gl.static_range(2):
-                    entry = first + ready * BN + row
-                    at_, real = read_rows(
-                        entry, block, count, keys, PER * DIM, entry % PER * DIM, WIDE
-                    )
-                    async_copy.async_copy_global_to_shared(buffers.index(ready), at_, mask=real)
-                    async_copy.commit_group()
-                    block = blocks_of(entry + BN, count, table, E, PER)
-                for at in range(first, stop, BN):
-                    i = (at - first) // BN
-                    async_copy.wait_group(1)
-                    fence_async_shared()
-                    gl.thread_barrier()
-                    z = warpgroup_mma(
-                        buffers.index(i % 3), query.permute((1, 0)), none, use_acc=False,
-                        is_async=True,
-                    )  # fmt: skip
-                    entry = at + 2 * BN + row
-                    at_, real = read_rows(
-                        entry, block, count, keys, PER * DIM, entry % PER * DIM, WIDE
-                    )
-                    real = real & gl.expand_dims(entry < stop, 1)
-                    async_copy.async_copy_global_to_shared(
-                        buffers.index((i + 2) % 3), at_, mask=real
-                    )
-                    async_copy.commit_group()
-                    block = blocks_of(entry + BN, count, table, E, PER)
-                    z = warpgroup_mma_wait(0, deps=[z])
-                    finish(z, g, at, count, out, E, 1.0, BN)
+                turn = (at - first) // BN
+                async_copy.wait_group(2)
+                fence_async_shared()
+                gl.thread_barrier()
+                z = warpgroup_mma(
+                    buffers.index(turn % 4), query.permute((1, 0)), none, use_acc=False,
+                    is_async=True,
+                )  # fmt: skip
+                copy_rows(buffers.index((turn + 3) % 4), ahead, block3, keys, PER, L)
+            block3 = blocks_of(ahead + BN, stop, table, E, PER)
+            z = warpgroup_mma_wait(0, deps=[z])
+            finish(z, g, at, count, out, E, scale, BN)
