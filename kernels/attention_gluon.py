@@ -20,25 +20,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 
 @gluon.jit
-def entry_rows(tile, where, rows, listed, table, width, seen, RT: gl.constexpr, BN: gl.constexpr,
+def entry_rows(tile, where, rows, listed, table, width, RT: gl.constexpr, BN: gl.constexpr,
                PER: gl.constexpr, LISTED: gl.constexpr, L: gl.constexpr):  # fmt: skip
-    """Flat pool row of each entry of a tile; 0 where there is none, as in all ring tiles.
+    """What the lists say of each entry of a tile: its pool row, or its block.
 
-    The loads' bounds are those of the lists, so that they need not wait for `seen`.
+    Nothing is computed from it here: that would wait for the load. Entries that are not seen may
+    yield anything.
     """
     entry = (tile - RT) * BN + gl.arange(0, BN, L)
-    real = (entry >= 0) & (entry < seen)
     if LISTED:
-        row = gl.load(
-            rows + where.to(gl.int64) * listed + entry, mask=(entry >= 0) & (entry < listed), other=0
-        )
+        at, real = rows + where.to(gl.int64) * listed + entry, entry < listed
     else:
-        block = gl.load(
-            table + width * where.to(gl.int64) + entry // PER,
-            mask=(entry >= 0) & (entry < width * PER), other=0,
-        )  # fmt: skip
-        row = block.to(gl.int64) * PER + entry % PER
-    return gl.where(real, row.to(gl.int64), 0)
+        at, real = table + width * where.to(gl.int64) + entry // PER, entry < width * PER
+    return gl.load(at, mask=(entry >= 0) & real, other=0)
 
 
 @gluon.jit
@@ -58,12 +52,16 @@ def visible(tile, position, seen, W: gl.constexpr, BN: gl.constexpr, L: gl.const
 
 @gluon.jit
 def fetch(to, tile, row, t, position, slot, reach, seen, rings, pool, new, D: gl.constexpr,
-          W: gl.constexpr, BN: gl.constexpr, NEW: gl.constexpr, FLAT: gl.constexpr,
-          L: gl.constexpr):  # fmt: skip
+          W: gl.constexpr, BN: gl.constexpr, PER: gl.constexpr, LISTED: gl.constexpr,
+          NEW: gl.constexpr, FLAT: gl.constexpr, L: gl.constexpr):  # fmt: skip
     """Start copying a tile's keys, `[BN, D]`; in place of those not seen, the query's own."""
     RT: gl.constexpr = (W + BN - 1) // BN
     # One thread works a key's address out for all that copy it.
-    in_ring = slot.to(gl.int64) * W + tile * BN + gl.arange(0, BN, FLAT)
+    lane = gl.arange(0, BN, FLAT)
+    in_ring = slot.to(gl.int64) * W + tile * BN + lane
+    row = row.to(gl.int64)
+    if not LISTED:
+        row = row * PER + ((tile - RT) * BN + lane) % PER
     at = gl.where(tile < RT, rings + in_ring * D, pool + row * D)
     own = rings + (slot.to(gl.int64) * W + position % W) * D
     if NEW:
@@ -96,10 +94,10 @@ def attend(
     # Each half of the warps sums its own half of the keys.
     total = gl.sum(gl.reshape(none, [H, 2, BN // 2]), 2)
     acc = gl.zeros([H, D], gl.float32, SUMS)
-    row = entry_rows(first, where, rows, listed, table, width, seen, RT, BN, PER, LISTED, FLAT)
+    row = entry_rows(first, where, rows, listed, table, width, RT, BN, PER, LISTED, FLAT)
     fetch(buffers.index(0), first, row, t, position, slot, reach, seen, rings, pool, new, D, W,
-          BN, NEW, FLAT, L)  # fmt: skip
-    row = entry_rows(first + 1, where, rows, listed, table, width, seen, RT, BN, PER, LISTED, FLAT)
+          BN, PER, LISTED, NEW, FLAT, L)  # fmt: skip
+    row = entry_rows(first + 1, where, rows, listed, table, width, RT, BN, PER, LISTED, FLAT)
     for tile in range(first, stop):
         kv = buffers.index((tile - first) % 2)
         async_copy.wait_group(0)
@@ -108,9 +106,9 @@ def attend(
         z = warpgroup_mma(query, kv.permute((1, 0)), none, use_acc=False, is_async=True)
         if tile + 1 < stop:
             fetch(buffers.index((tile + 1 - first) % 2), tile + 1, row, t, position, slot, reach,
-                  seen, rings, pool, new, D, W, BN, NEW, FLAT, L)  # fmt: skip
+                  seen, rings, pool, new, D, W, BN, PER, LISTED, NEW, FLAT, L)  # fmt: skip
         row = entry_rows(
-            tile + 2, where, rows, listed, table, width, seen, RT, BN, PER, LISTED, FLAT
+            tile + 2, where, rows, listed, table, width, RT, BN, PER, LISTED, FLAT
         )
         ok = visible(tile, position, seen, W, BN, gl.SliceLayout(0, SCORES))
         z = warpgroup_mma_wait(0, deps=[z])

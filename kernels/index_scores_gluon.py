@@ -18,30 +18,30 @@ from whalepod.kernels.index_scores_triton import FP4_TO_BF16, FP8_TO_BF16
 
 
 @gluon.jit
-def blocks_of(entry, seen, table, room, PER: gl.constexpr):
-    """Block of each entry; 0 beyond those seen. The load does not wait for `seen`."""
-    block = gl.load(table + entry // PER, mask=entry < room, other=0)
-    return gl.where(entry < seen, block, 0).to(gl.int64)
+def blocks_of(entry, table, room, PER: gl.constexpr):
+    """Block of each entry; entries that are not seen may have any. Nothing waits for the load."""
+    return gl.load(table + entry // PER, mask=entry < room, other=0)
 
 
 @gluon.jit
-def read_fp4(entry, block, keys, STRIDE: gl.constexpr, PER: gl.constexpr, L: gl.constexpr):
+def read_fp4(entry, block, stop, keys, STRIDE: gl.constexpr, PER: gl.constexpr, L: gl.constexpr):
     """Data `[BN, 4, 4]`, 8 codes a word, and scales `[BN, 4]` of a tile of entries."""
     G: gl.constexpr = gl.SliceLayout(2, L)
-    page = keys + block * STRIDE
+    page = keys + gl.where(entry < stop, block, 0).to(gl.int64) * STRIDE
     group = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, G)), 0)
     inside = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))
     inside = gl.expand_dims(gl.expand_dims(inside, 0), 1)
     at = (page + entry % PER * 64).to(gl.pointer_type(gl.int32))
     at = gl.expand_dims(gl.expand_dims(at, 1) + 4 * group, 2) + inside
     scales = gl.load(gl.expand_dims(page + PER * 64 + entry % PER * 4, 1) + group)
-    return gl.load(at), scales.to(gl.int32)
+    return gl.load(at), scales
 
 
 @gluon.jit
 def widen_fp4(codes, scales, evens, odds, BN: gl.constexpr):
     """Write a tile's even and odd dims as bf16, times 2^-26."""
-    twice = gl.expand_dims((scales + 100) << 7 | (scales + 100) << 23, 2) + gl.zeros_like(codes)
+    exponent = scales.to(gl.int32) + 100
+    twice = gl.expand_dims(exponent << 7 | exponent << 23, 2) + gl.zeros_like(codes)
     a, b, c, d = gl.inline_asm_elementwise(
         FP4_TO_BF16, "=r,=r,=r,=r,r,r", [codes, twice],
         (gl.int32, gl.int32, gl.int32, gl.int32), True, 1,
@@ -52,9 +52,9 @@ def widen_fp4(codes, scales, evens, odds, BN: gl.constexpr):
 
 
 @gluon.jit
-def read_fp8(entry, block, keys, STRIDE: gl.constexpr, PER: gl.constexpr, L: gl.constexpr):
+def read_fp8(entry, block, stop, keys, STRIDE: gl.constexpr, PER: gl.constexpr, L: gl.constexpr):
     """Data `[BN, 32]`, 4 codes a word, and scales `[BN]` of a tile of entries."""
-    page = keys + block * STRIDE
+    page = keys + gl.where(entry < stop, block, 0).to(gl.int64) * STRIDE
     at = (page + entry % PER * 128).to(gl.pointer_type(gl.int32))
     word = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, L)), 0)
     scales = gl.load((page + PER * 128).to(gl.pointer_type(gl.float32)) + entry % PER)
@@ -73,9 +73,10 @@ def widen_fp8(codes, to, BN: gl.constexpr):
 
 
 @gluon.jit
-def copy_rows(to, entry, block, keys, PER: gl.constexpr, L: gl.constexpr):
+def copy_rows(to, entry, block, stop, keys, PER: gl.constexpr, L: gl.constexpr):
     """Start copying a tile's rows; one thread works a row's address out for all that copy it."""
-    at = gl.convert_layout(keys + (block * PER + entry % PER) * 128, gl.SliceLayout(1, L))
+    row = gl.where(entry < stop, block, 0).to(gl.int64) * PER + entry % PER
+    at = gl.convert_layout(keys + row * 128, gl.SliceLayout(1, L))
     dims = gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, L)), 0)
     async_copy.async_copy_global_to_shared(to, gl.expand_dims(at, 1) + dims)
     async_copy.commit_group()
@@ -122,23 +123,23 @@ def scores_kernel(
         else:
             L: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
             row = gl.arange(0, BN, FLAT)
-        block = blocks_of(first + row, stop, table, E, PER)
-        block1 = blocks_of(first + BN + row, stop, table, E, PER)
-        block2 = blocks_of(first + 2 * BN + row, stop, table, E, PER)
-        block3 = blocks_of(first + 3 * BN + row, stop, table, E, PER)
+        block = blocks_of(first + row, table, E, PER)
+        block1 = blocks_of(first + BN + row, table, E, PER)
+        block2 = blocks_of(first + 2 * BN + row, table, E, PER)
+        block3 = blocks_of(first + 3 * BN + row, table, E, PER)
         if KIND == "fp4":
-            codes, scales = read_fp4(first + row, block, keys, STRIDE, PER, L)
-            codes1, scales1 = read_fp4(first + BN + row, block1, keys, STRIDE, PER, L)
-            codes2, scales2 = read_fp4(first + 2 * BN + row, block2, keys, STRIDE, PER, L)
+            codes, scales = read_fp4(first + row, block, stop, keys, STRIDE, PER, L)
+            codes1, scales1 = read_fp4(first + BN + row, block1, stop, keys, STRIDE, PER, L)
+            codes2, scales2 = read_fp4(first + 2 * BN + row, block2, stop, keys, STRIDE, PER, L)
         elif KIND == "fp8":
-            codes, scales = read_fp8(first + row, block, keys, STRIDE, PER, L)
-            codes1, scales1 = read_fp8(first + BN + row, block1, keys, STRIDE, PER, L)
-            codes2, scales2 = read_fp8(first + 2 * BN + row, block2, keys, STRIDE, PER, L)
+            codes, scales = read_fp8(first + row, block, stop, keys, STRIDE, PER, L)
+            codes1, scales1 = read_fp8(first + BN + row, block1, stop, keys, STRIDE, PER, L)
+            codes2, scales2 = read_fp8(first + 2 * BN + row, block2, stop, keys, STRIDE, PER, L)
         else:
             buffers = gl.allocate_shared_memory(gl.bfloat16, [4, BN, DIM], SHARED)
-            copy_rows(buffers.index(0), first + row, block, keys, PER, L)
-            copy_rows(buffers.index(1), first + BN + row, block1, keys, PER, L)
-            copy_rows(buffers.index(2), first + 2 * BN + row, block2, keys, PER, L)
+            copy_rows(buffers.index(0), first + row, block, stop, keys, PER, L)
+            copy_rows(buffers.index(1), first + BN + row, block1, stop, keys, PER, L)
+            copy_rows(buffers.index(2), first + 2 * BN + row, block2, stop, keys, PER, L)
         own = gl.arange(0, H, gl.SliceLayout(0, Z))
         g = gl.load(gate + t * HEADS + own, mask=own < HEADS, other=0.0).to(gl.float32)
         none = gl.zeros([BN, H], gl.float32, Z)
@@ -168,7 +169,7 @@ def scores_kernel(
                 gl.thread_barrier()
                 widen_fp4(codes, scales, evens, odds, BN)
                 codes, scales, codes1, scales1 = codes1, scales1, codes2, scales2
-                codes2, scales2 = read_fp4(ahead, block3, keys, STRIDE, PER, L)
+                codes2, scales2 = read_fp4(ahead, block3, stop, keys, STRIDE, PER, L)
                 fence_async_shared()
                 gl.thread_barrier()
                 z = warpgroup_mma(evens, low.permute((1, 0)), none, use_acc=False, is_async=True)
@@ -179,7 +180,7 @@ def scores_kernel(
                 gl.thread_barrier()
                 widen_fp8(codes, buffer, BN)
                 codes, scales, codes1, scales1 = codes1, scales1, codes2, scales2
-                codes2, scales2 = read_fp8(ahead, block3, keys, STRIDE, PER, L)
+                codes2, scales2 = read_fp8(ahead, block3, stop, keys, STRIDE, PER, L)
                 fence_async_shared()
                 gl.thread_barrier()
                 z = warpgroup_mma(
@@ -194,7 +195,7 @@ def scores_kernel(
                     buffers.index(turn % 4), query.permute((1, 0)), none, use_acc=False,
                     is_async=True,
                 )  # fmt: skip
-                copy_rows(buffers.index((turn + 3) % 4), ahead, block3, keys, PER, L)
-            block3 = blocks_of(ahead + BN, stop, table, E, PER)
+                copy_rows(buffers.index((turn + 3) % 4), ahead, block3, stop, keys, PER, L)
+            block3 = blocks_of(ahead + BN, table, E, PER)
             z = warpgroup_mma_wait(0, deps=[z])
             finish(z, g, at, count, out, E, scale, BN)
