@@ -1,6 +1,6 @@
 """Time the attention kernels on one GPU: decode and prefill attention, index scores, selection.
 
-    PYTHONPATH=src:. python bench/kernels_attention.py
+PYTHONPATH=src:. python bench/kernels_attention.py
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from bench import gpu
 from bench.machine import heading
+from torch import Tensor
+
 from whalepod.kernels.decode_attention import Entries, decode_attention
 from whalepod.kernels.index_scores import KeyFormat, index_scores
 from whalepod.kernels.prefill_attention import prefill_attention

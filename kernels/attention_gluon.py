@@ -51,7 +51,7 @@ def visible(tile, position, seen, W: gl.constexpr, BN: gl.constexpr, L: gl.const
 
 
 @gluon.jit
-def fetch(to, tile, row, t, position, slot, reach, seen, rings, pool, new, D: gl.constexpr,
+def fetch(to, tile, row, own, position, slot, reach, seen, rings, pool, new, D: gl.constexpr,
           W: gl.constexpr, BN: gl.constexpr, PER: gl.constexpr, LISTED: gl.constexpr,
           NEW: gl.constexpr, FLAT: gl.constexpr, L: gl.constexpr):  # fmt: skip
     """Start copying a tile's keys, `[BN, D]`; in place of those not seen, the query's own."""
@@ -63,13 +63,13 @@ def fetch(to, tile, row, t, position, slot, reach, seen, rings, pool, new, D: gl
     if not LISTED:
         row = row * PER + ((tile - RT) * BN + lane) % PER
     at = gl.where(tile < RT, rings + in_ring * D, pool + row * D)
-    own = rings + (slot.to(gl.int64) * W + position % W) * D
+    mine = rings + (slot.to(gl.int64) * W + position % W) * D
     if NEW:
-        own = new + t.to(gl.int64) * D
+        mine = new + own.to(gl.int64) * D
         age = ring_age(tile, position, W, BN, FLAT)
-        at = gl.where((tile < RT) & (age <= reach), new + (t - age).to(gl.int64) * D, at)
+        at = gl.where((tile < RT) & (age <= reach), new + (own - age).to(gl.int64) * D, at)
     # Weights of 0 do not hide what memory that was never written may hold.
-    at = gl.where(visible(tile, position, seen, W, BN, FLAT), at, own)
+    at = gl.where(visible(tile, position, seen, W, BN, FLAT), at, mine)
     at = gl.expand_dims(gl.convert_layout(at, gl.SliceLayout(1, L)), 1)
     dims = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, L)), 0)
     async_copy.async_copy_global_to_shared(to, at + dims)
@@ -78,7 +78,7 @@ def fetch(to, tile, row, t, position, slot, reach, seen, rings, pool, new, D: gl
 
 @gluon.jit
 def attend(
-    query, buffers, t, where, first, stop, position, slot, reach, seen, rings, pool, new, rows,
+    query, buffers, own, where, first, stop, position, slot, reach, seen, rings, pool, new, rows,
     listed, table, width, scale, H: gl.constexpr, D: gl.constexpr, W: gl.constexpr,
     BN: gl.constexpr, PER: gl.constexpr, LISTED: gl.constexpr, NEW: gl.constexpr,
     L: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr,
@@ -95,7 +95,7 @@ def attend(
     total = gl.sum(gl.reshape(none, [H, 2, BN // 2]), 2)
     acc = gl.zeros([H, D], gl.float32, SUMS)
     row = entry_rows(first, where, rows, listed, table, width, RT, BN, PER, LISTED, FLAT)
-    fetch(buffers.index(0), first, row, t, position, slot, reach, seen, rings, pool, new, D, W,
+    fetch(buffers.index(0), first, row, own, position, slot, reach, seen, rings, pool, new, D, W,
           BN, PER, LISTED, NEW, FLAT, L)  # fmt: skip
     row = entry_rows(first + 1, where, rows, listed, table, width, RT, BN, PER, LISTED, FLAT)
     for tile in range(first, stop):
@@ -105,11 +105,9 @@ def attend(
         gl.thread_barrier()
         z = warpgroup_mma(query, kv.permute((1, 0)), none, use_acc=False, is_async=True)
         if tile + 1 < stop:
-            fetch(buffers.index((tile + 1 - first) % 2), tile + 1, row, t, position, slot, reach,
+            fetch(buffers.index((tile + 1 - first) % 2), tile + 1, row, own, position, slot, reach,
                   seen, rings, pool, new, D, W, BN, PER, LISTED, NEW, FLAT, L)  # fmt: skip
-        row = entry_rows(
-            tile + 2, where, rows, listed, table, width, RT, BN, PER, LISTED, FLAT
-        )
+        row = entry_rows(tile + 2, where, rows, listed, table, width, RT, BN, PER, LISTED, FLAT)
         ok = visible(tile, position, seen, W, BN, gl.SliceLayout(0, SCORES))
         z = warpgroup_mma_wait(0, deps=[z])
         z = gl.where(gl.expand_dims(ok, 0), z, float("-inf"))
@@ -161,13 +159,16 @@ def read_query(to, q, t, block, HEADS, H: gl.constexpr, D: gl.constexpr, L: gl.c
 
 
 @gluon.jit
-def write_rows(to, x, first, count, D: gl.constexpr):
-    """Store `[H, D]` as rows `first ..` of D values; only those below `count`."""
-    L: gl.constexpr = x.type.layout
+def write_rows(to, x, through, first, count, D: gl.constexpr, L: gl.constexpr):
+    """Store `[H, D]` as rows `first ..` of D values, only those below `count`, in whole lines."""
+    gl.thread_barrier()
+    through.store(x)
+    gl.thread_barrier()
+    x = through.load(L)
     row = first + gl.arange(0, x.shape[0], gl.SliceLayout(1, L))
     dims = gl.arange(0, D, gl.SliceLayout(0, L))
     at = gl.expand_dims(row, 1) * D + gl.expand_dims(dims, 0)
-    gl.store(to + at, x.to(to.dtype.element_ty), mask=gl.expand_dims(row < count, 1))
+    gl.store(to + at, x, mask=gl.expand_dims(row < count, 1))
 
 
 @gluon.jit
@@ -209,10 +210,12 @@ def decode_kernel(
             total = gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, SUMS)), 1)
             o = turned_back(acc * b / total, t, turns, H, D, RD)
             first = t.to(gl.int64) * HEADS
-            write_rows(out, o, first + block * H, first + HEADS, D)
+            o = o.to(out.dtype.element_ty)
+            write_rows(out, o, buffers.index(0), first + block * H, first + HEADS, D, L)
         else:
             at = (t.to(gl.int64) * gl.num_programs(1) + part) * gl.num_programs(0) + block
-            write_rows(parts, acc, at * H, at * H + H, D)
+            wide = buffers._reinterpret(gl.float32, [H, D], gl.NVMMASharedLayout(128, 32))
+            write_rows(parts, acc, wide, at * H, at * H + H, D, L)
             gl.store(stats + 2 * (at * H + lane), m)
             gl.store(stats + 2 * (at * H + lane) + 1, total)
 
@@ -220,11 +223,14 @@ def decode_kernel(
 @gluon.jit
 def prefill_kernel(
     q, new, rings, pool, rows, table, seen, slots, positions, starts, sequences, sink, turns, out,
-    scratch, listed, width, scale, T, HEADS, H: gl.constexpr, D: gl.constexpr, RD: gl.constexpr,
+    scratch, listed, width, scale, T, FIRST, HEADS, H: gl.constexpr, D: gl.constexpr, RD: gl.constexpr,
     W: gl.constexpr, BN: gl.constexpr, PER: gl.constexpr, LISTED: gl.constexpr,
     SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """Each program takes queries one after the other; `scratch` holds its folded parts."""
+    """Each program takes queries one after the other; `scratch` holds its folded parts.
+
+    Query 0 is row `FIRST` of `new`.
+    """
     L: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32] if D >= 256 else [2, 16], [8, 1], [1, 0])
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BN // 2, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
@@ -246,14 +252,14 @@ def prefill_kernel(
         if LISTED:
             entries = gl.minimum(entries, listed)
         tiles = RT + gl.cdiv(entries, BN)
-        where = t if LISTED else gl.load(sequences + t).to(gl.int32)
+        where, own = t if LISTED else gl.load(sequences + t).to(gl.int32), FIRST + t
         gl.thread_barrier()
         read_query(query, q, t, block, HEADS, H, D, L)
         m = gl.load(sink + head, mask=head < HEADS, other=0.0) * 1.4426950408889634
         total = gl.full([H], 1.0, gl.float32, gl.SliceLayout(1, SCORES))
         for first in range(0, tiles, SPLIT):
             high, part, acc = attend(
-                query, buffers, t, where, first, gl.minimum(first + SPLIT, tiles), position,
+                query, buffers, own, where, first, gl.minimum(first + SPLIT, tiles), position,
                 gl.load(slots + t), position - gl.load(starts + t).to(gl.int32), entries, rings,
                 pool, new, rows, listed, table, width, scale, H, D, W, BN, PER, LISTED, True, L,
                 SCORES, SUMS,
@@ -270,4 +276,5 @@ def prefill_kernel(
                 over = gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, SUMS)), 1)
                 o = turned_back(acc / over, t, turns, H, D, RD)
                 start = t.to(gl.int64) * HEADS
-                write_rows(out, o, start + block * H, start + HEADS, D)
+                o = o.to(out.dtype.element_ty)
+                write_rows(out, o, buffers.index(0), start + block * H, start + HEADS, D, L)

@@ -87,13 +87,13 @@ def turned_back(x, t, turns, H: tl.constexpr, D: tl.constexpr, RD: tl.constexpr)
 
 @jit
 def attend(
-    q, t, sequence, first, stop, position, slot, reach, seen, rings, pool, new, rows, listed,
+    q, t, own, sequence, first, stop, position, slot, reach, seen, rings, pool, new, rows, listed,
     table, width, scale, H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
     PER: tl.constexpr, LISTED: tl.constexpr, NEW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sum tiles `first .. stop-1` of one query; plain rows. Returns maximum, sum, weighted sum.
 
-    `reach` is how many of the query's predecessors lie in `new` rather than in the ring.
+    `own` is the query's row of `new`; `reach` of the rows before it are its predecessors.
     """
     RT: tl.constexpr = (W + BN - 1) // BN
     dims = tl.arange(0, D)
@@ -108,7 +108,7 @@ def attend(
         at = tl.where(tile < RT, rings + in_ring * D, pool + row * D)
         if NEW:
             age = ring_age(tile, position, W, BN)
-            at = tl.where((tile < RT) & (age <= reach), new + (t - age).to(tl.int64) * D, at)
+            at = tl.where((tile < RT) & (age <= reach), new + (own - age).to(tl.int64) * D, at)
         kv = tl.load(at[:, None] + dims[None, :], mask=ok[:, None], other=0.0)
         # Rows of the next tile are on their way while this one is multiplied.
         row = entry_rows(tile + 1, where, rows, listed, table, width, seen, RT, BN, PER, LISTED)
@@ -142,7 +142,7 @@ def decode_kernel(
         place = (t.to(tl.int64) * HEADS + head)[:, None] * D + tl.arange(0, D)[None, :]
         real = (head < HEADS)[:, None]
         m, total, acc = attend(
-            tl.load(q + place, mask=real, other=0.0), t, t, part * SPLIT,
+            tl.load(q + place, mask=real, other=0.0), t, t, t, part * SPLIT,
             tl.minimum(part * SPLIT + SPLIT, tiles), tl.load(positions + t).to(tl.int32),
             tl.load(slots + t),
             0, entries, rings, pool, rings, rows, listed, table, width, scale, H, D, W, BN, PER,
@@ -189,11 +189,14 @@ def combine_kernel(
 @jit
 def prefill_kernel(
     q, new, rings, pool, rows, table, seen, slots, positions, starts, sequences, sink, turns, out,
-    scratch, listed, width, scale, T, HEADS, H: tl.constexpr, D: tl.constexpr, RD: tl.constexpr,
+    scratch, listed, width, scale, T, FIRST, HEADS, H: tl.constexpr, D: tl.constexpr, RD: tl.constexpr,
     W: tl.constexpr, BN: tl.constexpr, PER: tl.constexpr, LISTED: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes queries one after the other; `scratch` holds its folded parts."""
+    """Each program takes queries one after the other; `scratch` holds its folded parts.
+
+    Query 0 is row `FIRST` of `new`.
+    """
     RT: tl.constexpr = (W + BN - 1) // BN
     lane = tl.arange(0, H)
     dims = tl.arange(0, D)[None, :]
@@ -213,7 +216,7 @@ def prefill_kernel(
         total = tl.full([H], 1.0, tl.float32)
         for first in range(0, tiles, SPLIT):
             high, part, acc = attend(
-                query, t, tl.load(sequences + t), first, tl.minimum(first + SPLIT, tiles),
+                query, t, FIRST + t, tl.load(sequences + t), first, tl.minimum(first + SPLIT, tiles),
                 position, tl.load(slots + t), position - tl.load(starts + t).to(tl.int32), entries, rings,
                 pool, new, rows, listed, table, width, scale, H, D, W, BN, PER, LISTED, True,
                 STAGES,

@@ -5,13 +5,14 @@ Legend: N rows, H heads, D head_dim, P rotated pairs, W ring slots, K listed ent
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from whalepod.kernels.registry import Kernel
 from whalepod.kernels.sink_attention import sink_attention
+from whalepod.kernels.unpack import entry_bytes, unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Entries:
     """Compressed entries of a layer and where each query's lie; nothing here depends on the host.
 
     Args:
-        pool: `[F, D]`, fp32 or bf16 rows.
+        pool: `[F, D]`, fp32 or bf16 rows, or packed pages `[pages, stride]` uint8 (`unpack`).
         seen_N: `[N]` int32 or int64: how many entries each query attends to, the first so many.
         rows_NK: `[N, K]` flat pool rows, in order; a query sees at most K. Or
         table_SB: `[S, B]` block table: entry e lies in row `table[e // per] * per + e % per`.
@@ -54,6 +55,33 @@ class Entries:
         return values.masked_fill(~real.unsqueeze(-1), 0), real
 
 
+def widened_rings(rings: Tensor, slots_N: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Rings as rows like those of `q`, and the queries' slots in them; packed ones are one page a slot."""
+    if rings.dtype != torch.uint8:
+        return rings, slots_N
+    dims = q.shape[-1]
+    window = rings.shape[1] // entry_bytes(dims)
+    own = torch.arange(len(slots_N), device=rings.device)
+    return unpack(rings, dims, window, slots_N.unsqueeze(-1), True).to(q.dtype), own
+
+
+def widened(entries: Entries | None, q: Tensor) -> Entries | None:
+    """Entries of decoding rows, or of chunks that share them, in a pool of rows like those of `q`."""
+    if entries is None or entries.pool.dtype != torch.uint8:
+        return entries
+    pool, device, dims = entries.pool, entries.pool.device, q.shape[-1]
+    if entries.rows_NK is not None:
+        rows = unpack(pool, dims, entries.per, entries.rows_NK, False, entries.seen_N)
+        order = torch.arange(entries.rows_NK.numel(), device=device).view_as(entries.rows_NK)
+        return replace(entries, pool=rows.flatten(0, 1).to(q.dtype), rows_NK=order)
+    assert entries.table_SB is not None
+    table = entries.table_SB
+    each = entries.seen_N if len(table) == len(entries.seen_N) else None
+    rows = unpack(pool, dims, entries.per, table, True, each)
+    order = torch.arange(table.numel(), dtype=torch.int32, device=device).view_as(table)
+    return replace(entries, pool=rows.flatten(0, 1).to(q.dtype), table_SB=order)
+
+
 def turn_back(x_NHD: Tensor, turns_NP: Tensor) -> Tensor:
     """Rotate the last 2 P dims by the negative angle; turns are unit complex numbers."""
     at = x_NHD.shape[-1] - 2 * turns_NP.shape[-1]
@@ -77,8 +105,9 @@ def decode_attention(
 
     Args:
         q_NHD: `[N, H, D]`.
-        rings: `[slots, W, D]` with each row's own key already in it, addressed by position
-            modulo W; slots that its sequence has not filled are not read.
+        rings: `[slots, W, D]`, or packed pages `[slots, stride]` of W entries, with each row's
+            own key already in it, addressed by position modulo W; slots that its sequence has not
+            filled are not read.
         slots_N: `[N]` ring of each row.
         positions_N: `[N]` position of each row.
         entries: None for a layer without.
@@ -88,15 +117,17 @@ def decode_attention(
     Returns:
         `[N, H, D]` in the dtype of `q_NHD`; a row's bits do not depend on the other rows.
     """
+    rings, slots_N = widened_rings(rings, slots_N, q_NHD)
+    entries = widened(entries, q_NHD)
     width = rings.shape[1]
     at = positions_N.unsqueeze(-1)
     real = torch.arange(width, device=rings.device) <= at
-    ring = rings[slots_N].masked_fill(~real.unsqueeze(-1), 0)
+    ring = rings[slots_N].masked_fill(~real.unsqueeze(-1), 0).to(q_NHD.dtype)
     listed = None
     if entries is not None and entries.most:
         own = torch.arange(len(q_NHD), device=q_NHD.device)
         values, seen = entries.gathered(own)
-        listed = values, seen.unsqueeze(1)
+        listed = values.to(q_NHD.dtype), seen.unsqueeze(1)
     out = sink_attention.reference(
         q_NHD.unsqueeze(1), (ring, ring), at % width, at // width, listed, sink_H
     )

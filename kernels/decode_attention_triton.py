@@ -11,7 +11,12 @@ from torch import Tensor
 
 from whalepod.kernels import attention_triton
 from whalepod.kernels.attention_triton import combine_kernel
-from whalepod.kernels.decode_attention import Entries, decode_attention
+from whalepod.kernels.decode_attention import (
+    Entries,
+    decode_attention,
+    widened,
+    widened_rings,
+)
 from whalepod.kernels.jit import INTERPRETED, on_hopper, runs, triton
 
 
@@ -65,7 +70,7 @@ def sources(entries: Entries | None, q: Tensor, rings: Tensor) -> tuple[dict[str
 def kernels(device: torch.device, tiles: Tiles) -> tuple[Any, dict[str, int]]:
     """The module whose kernels run on a device, and what they need besides."""
     if tiles.gluon and on_hopper(device):
-        from whalepod.kernels import attention_gluon
+        from whalepod.kernels import attention_gluon  # noqa: PLC0415 - for Hopper alone
 
         return attention_gluon, {"num_warps": 8}
     return attention_triton, {"STAGES": tiles.stages, "num_warps": tiles.warps}
@@ -94,6 +99,8 @@ def _decode(
             q_NHD, rings, slots_N, positions_N, entries, sink_H, turns_NP
         )
     n, heads, d = q_NHD.shape
+    rings, slots_N = widened_rings(rings, slots_N, q_NHD)
+    entries = widened(entries, q_NHD)
     w, rd = rings.shape[1], 2 * turns_NP.shape[1]
     turns = torch.view_as_real(turns_NP).contiguous()
     kinds, most = sources(entries, q_NHD, rings)

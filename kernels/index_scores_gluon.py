@@ -64,9 +64,7 @@ def read_fp8(entry, block, stop, keys, STRIDE: gl.constexpr, PER: gl.constexpr, 
 @gluon.jit
 def widen_fp8(codes, to, BN: gl.constexpr):
     """Write a tile's dims as bf16."""
-    a, b = gl.inline_asm_elementwise(
-        FP8_TO_BF16, "=r,=r,r", [codes], (gl.int32, gl.int32), True, 1
-    )
+    a, b = gl.inline_asm_elementwise(FP8_TO_BF16, "=r,=r,r", [codes], (gl.int32, gl.int32), True, 1)
     words: gl.constexpr = gl.NVMMASharedLayout(128, 32)
     both = gl.reshape(gl.join(a, b), [BN, 64])
     to._reinterpret(gl.int32, [BN, 64], words).store(both)
@@ -110,7 +108,9 @@ def scores_kernel(
     lane = gl.arange(0, BN, FLAT)
     beyond = gl.maximum(first, gl.cdiv(count, BN) * BN)
     for at in range(beyond, gl.minimum(first + RUN * BN, E), BN):
-        gl.store(out + at + lane, gl.full([BN], float("-inf"), gl.float32, FLAT), mask=at + lane < E)
+        gl.store(
+            out + at + lane, gl.full([BN], float("-inf"), gl.float32, FLAT), mask=at + lane < E
+        )
     if first < count:
         table += sequence * width
         # The keys first: everything else is nearer.
@@ -127,6 +127,7 @@ def scores_kernel(
         block1 = blocks_of(first + BN + row, table, E, PER)
         block2 = blocks_of(first + 2 * BN + row, table, E, PER)
         block3 = blocks_of(first + 3 * BN + row, table, E, PER)
+        block4 = blocks_of(first + 4 * BN + row, table, E, PER)
         if KIND == "fp4":
             codes, scales = read_fp4(first + row, block, stop, keys, STRIDE, PER, L)
             codes1, scales1 = read_fp4(first + BN + row, block1, stop, keys, STRIDE, PER, L)
@@ -183,9 +184,7 @@ def scores_kernel(
                 codes2, scales2 = read_fp8(ahead, block3, stop, keys, STRIDE, PER, L)
                 fence_async_shared()
                 gl.thread_barrier()
-                z = warpgroup_mma(
-                    buffer, query.permute((1, 0)), none, use_acc=False, is_async=True
-                )
+                z = warpgroup_mma(buffer, query.permute((1, 0)), none, use_acc=False, is_async=True)
             else:
                 turn = (at - first) // BN
                 async_copy.wait_group(2)
@@ -196,6 +195,6 @@ def scores_kernel(
                     is_async=True,
                 )  # fmt: skip
                 copy_rows(buffers.index((turn + 3) % 4), ahead, block3, stop, keys, PER, L)
-            block3 = blocks_of(ahead + BN, table, E, PER)
+            block3, block4 = block4, blocks_of(ahead + 2 * BN, table, E, PER)
             z = warpgroup_mma_wait(0, deps=[z])
             finish(z, g, at, count, out, E, scale, BN)

@@ -15,7 +15,6 @@ from whalepod.kernels.attention_triton import WIDE, product
 from whalepod.kernels.index_scores import KeyFormat, index_scores
 from whalepod.kernels.jit import INTERPRETED, jit, on_hopper, runs, tl, triton
 
-
 # Programs that fill a GPU, three on each processor.
 _PROGRAMS = 396
 
@@ -79,7 +78,12 @@ def widened_fp4(codes, scales):
         twice = exponent << 7 | exponent << 23
         twice = twice[:, :, None] + tl.zeros_like(codes).to(tl.int32)
         even, odd = tl.inline_asm_elementwise(
-            FP4_TO_BF16, "=r,=r,=r,=r,r,r,r,r,r", [codes, twice], (tl.bfloat16, tl.bfloat16), True, 4
+            FP4_TO_BF16,
+            "=r,=r,=r,=r,r,r,r,r,r",
+            [codes, twice],
+            (tl.bfloat16, tl.bfloat16),
+            True,
+            4,
         )
     return even, odd
 
@@ -137,7 +141,9 @@ def scores_kernel(
     count = tl.load(seen + t).to(tl.int32)
     lane = tl.arange(0, BN)
     stop = tl.minimum(first + RUN * BN, count)
-    for at in range(tl.maximum(first, tl.cdiv(count, BN) * BN), tl.minimum(first + RUN * BN, E), BN):
+    for at in range(
+        tl.maximum(first, tl.cdiv(count, BN) * BN), tl.minimum(first + RUN * BN, E), BN
+    ):
         tl.store(out + t * E + at + lane, float("-inf"), mask=at + lane < E)
     if first < count:
         head = tl.arange(0, H)
@@ -201,7 +207,7 @@ def _scores(
     run = tiles.run or min(16, max(1, triton.cdiv(t * triton.cdiv(e, tiles.keys), _PROGRAMS)))
     source: Any = scores_kernel
     if tiles.gluon and dims == 128 and on_hopper(q_THI.device):
-        from whalepod.kernels import index_scores_gluon
+        from whalepod.kernels import index_scores_gluon  # noqa: PLC0415 - for Hopper alone
 
         source = index_scores_gluon.scores_kernel
     source[(triton.cdiv(e, tiles.keys * run), t)](

@@ -106,9 +106,7 @@ def digit_kernel(
         real = real & ((key >> (32 - DIGIT * TURN)) == least)
     digits = ((key >> (32 - DIGIT * (TURN + 1))) & (BINS - 1)).to(tl.int32)
     found = tl.histogram(digits, BINS, mask=real)
-    tl.atomic_add(
-        counts + TURN * BINS + tl.arange(0, BINS), found, mask=found > 0, sem="relaxed"
-    )
+    tl.atomic_add(counts + TURN * BINS + tl.arange(0, BINS), found, mask=found > 0, sem="relaxed")
 
 
 @jit

@@ -80,3 +80,19 @@ def random_case(
     sink = torch.randn(heads, generator=g, device=device)
     q = draw(n, heads, dims) * 2
     return Case(q, rings, slots, at, entries, sink, turns_of(at))
+
+
+def packed(pages: int, per: int, dims: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random packed pages, and the bf16 rows that are in them."""
+    g = torch.Generator(DEVICE).manual_seed(seed)
+    count, plain = pages * per, dims - ROTARY
+    codes = torch.randint(0, 256, (count, plain), generator=g, device=DEVICE).to(torch.uint8)
+    codes[(codes & 127) == 127] = 0  # no NaN
+    scales = torch.randint(110, 122, (count, 8), generator=g, device=DEVICE).to(torch.uint8)
+    tail = torch.randn(count, ROTARY, generator=g, device=DEVICE).to(torch.bfloat16)
+    data = torch.cat([codes, tail.view(torch.uint8)], dim=1).reshape(pages, -1)
+    factor = torch.exp2(scales[:, : plain // 64].float() - 127).repeat_interleave(64, dim=1)
+    values = (codes.view(torch.float8_e4m3fn).float() * factor).to(torch.bfloat16)
+    spare = torch.full((pages, 24), 255, dtype=torch.uint8, device=DEVICE)
+    storage = torch.cat([data, scales.reshape(pages, -1), spare], dim=1)
+    return storage, torch.cat([values, tail], dim=1)

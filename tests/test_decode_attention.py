@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import DEVICE, Case, random_case
+from attention_cases import DEVICE, WINDOW, Case, packed, random_case
 
 from whalepod.kernels.decode_attention import Entries, decode_attention
 from whalepod.kernels.jit import triton
@@ -17,9 +17,7 @@ LIMIT = 1e-2 if DEVICE == "cuda" else 2e-5
 
 def run(case: Case, name: str) -> torch.Tensor:
     call = decode_attention.reference if name == "torch" else decode_attention
-    return call(
-        case.q, case.rings, case.slots, case.positions, case.entries, case.sink, case.turns
-    )
+    return call(case.q, case.rings, case.slots, case.positions, case.entries, case.sink, case.turns)
 
 
 def exactly(case: Case) -> torch.Tensor:
@@ -95,3 +93,21 @@ def test_a_row_alone_has_the_same_bits() -> None:
                 width = max(1, -(-seen[i] // one.entries.per))
                 one.entries = replace(one.entries, table_SB=one.entries.table_SB[:, :width])
             assert torch.equal(run(one, "triton")[0], together[i])
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(triton is None, reason="no Triton here")
+@pytest.mark.parametrize("listed", [0, 16])
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_packed_storage_has_the_bits_of_its_rows(name: str, listed: int) -> None:
+    case = random_case([5, 130, 700], [1, 32, 70], listed=listed, per=32, dtype=torch.bfloat16)
+    assert case.entries is not None
+    pool, rows = packed(len(case.entries.pool) // 32, 32, 128, seed=1)
+    rings, ring_rows = packed(len(case.rings), WINDOW, 128, seed=2)
+    case.rings, case.entries = ring_rows.view(-1, WINDOW, 128), replace(case.entries, pool=rows)
+    if DEVICE == "cpu":
+        case.q = case.q.float()
+        case.rings, case.entries = case.rings.float(), replace(case.entries, pool=rows.float())
+    want = run(case, name)
+    case.rings, case.entries = rings, replace(case.entries, pool=pool, per=32)
+    assert torch.equal(run(case, name), want)

@@ -90,4 +90,6 @@ def test_every_fp4_code_is_read() -> None:
     pages[0, :8] = torch.tensor([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE])
     pages[0, 64:] = torch.tensor([128, 127, 127, 127])
     want = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-    assert unpack_keys(pages, 1, "fp4")[0, :16].tolist() == [2 * v for v in want + [-w for w in want]]
+    assert unpack_keys(pages, 1, "fp4")[0, :16].tolist() == [
+        2 * v for v in want + [-w for w in want]
+    ]

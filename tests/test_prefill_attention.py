@@ -16,7 +16,6 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 LIMIT = 1e-2 if DEVICE == "cuda" else 2e-5
 
 
-
 class Prompts:
     """Sequences of random keys; the queries asked of them, chunk by chunk or row by row."""
 
@@ -55,7 +54,9 @@ class Prompts:
                 count = int(self.seen[rows][i])
                 flat = every.table_SB[s].unsqueeze(-1) * some.per
                 flat = (flat + torch.arange(some.per, device=DEVICE)).flatten()[:count]
-                chosen = torch.randperm(count, generator=torch.Generator().manual_seed(int(self.positions[rows][i])))
+                chosen = torch.randperm(
+                    count, generator=torch.Generator().manual_seed(int(self.positions[rows][i]))
+                )
                 chosen = flat[chosen[: self.listed].sort().values.to(DEVICE)]
                 picks[i, : len(chosen)] = chosen
             return Entries(some.pool, self.seen[rows].clamp(max=self.listed), rows_NK=picks)
