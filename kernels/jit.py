@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 try:
     import triton
     import triton.language as tl
@@ -18,7 +20,7 @@ except ImportError:  # pragma: no cover - the references are always there
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-__all__ = ["INTERPRETED", "jit", "runs", "tl", "triton"]
+__all__ = ["INTERPRETED", "jit", "on_hopper", "runs", "tl", "triton"]
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -29,3 +31,8 @@ def jit(function: Callable[..., Any]) -> Any:
 def runs(device_type: str) -> bool:
     """Whether Triton kernels can run on tensors of this device type."""
     return triton is not None and (INTERPRETED if device_type == "cpu" else device_type == "cuda")
+
+
+def on_hopper(device: torch.device) -> bool:
+    """Whether kernels written for Hopper's units run on this device."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

@@ -24,3 +24,6 @@ def select(scores_RE: Tensor, count: int) -> Tensor:
     wanted = count - better.sum(-1, keepdim=True)
     chosen = better | (equal & (equal.cumsum(-1) <= wanted))
     return chosen.nonzero()[:, 1].view(-1, count)
+
+
+from whalepod.kernels import select_triton  # noqa: E402, F401  (registers its twin)
