@@ -43,7 +43,7 @@ def act_quant(x_MK: Tensor, paired: bool = False) -> tuple[Tensor, Tensor]:
 def round_fp8(x_MK: Tensor) -> Tensor:
     """Round like `act_quant` and back: `[M, K]` in the dtype of `x_MK`."""
     codes, scale = act_quant.reference(x_MK)
-    value = codes.float().unflatten(-1, (-1, BLOCK)) * scale.unsqueeze(-1)
+    value: Tensor = codes.float().unflatten(-1, (-1, BLOCK)) * scale.unsqueeze(-1)
     return value.flatten(1)[:, : x_MK.shape[1]].to(x_MK.dtype)
 
 

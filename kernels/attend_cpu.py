@@ -38,9 +38,7 @@ _NONE = np.float32(-np.inf)
 
 
 @compiled
-def _list_keys(  # type: ignore[no-untyped-def]
-    keys, new, ring, row, width, window, position, start, first, pool, listed, count
-):
+def _list_keys(keys, new, ring, row, width, window, position, start, first, pool, listed, count):
     """Write the addresses of a row's keys, the ring by slot and then its entries; returns how many."""
     here, found = position % window, 0
     for s in range(window):
@@ -62,7 +60,7 @@ def _list_keys(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _weigh(z, found, sink, scale):  # type: ignore[no-untyped-def]
+def _weigh(z, found, sink, scale):
     """Turn products into `exp(z - max)`, padding into 0; returns one over their sum and the sink's."""
     padded = (found + LANES - 1) // LANES * LANES
     for n in range(found, padded):
@@ -82,7 +80,7 @@ def _weigh(z, found, sink, scale):  # type: ignore[no-untyped-def]
 
 
 @entry("scale")
-def _attend(  # type: ignore[no-untyped-def]
+def _attend(
     q,
     new,
     new_step,
@@ -200,7 +198,7 @@ def _attend_rows(
 
 
 @entry()
-def _keep(ring, new, step, slots, positions, count, window, width):  # type: ignore[no-untyped-def]
+def _keep(ring, new, step, slots, positions, count, window, width):
     for t in range(count):
         place = get_int(slots + t * 8) * window + get_int(positions + t * 8) % window
         for b in range(0, width * 4, _BYTES):
@@ -218,7 +216,7 @@ def _keep_rows(ring_NWD: Tensor, new_TD: Tensor, rows: Rows, count: int) -> None
 
 
 @entry()
-def _write(ring, values, step, start, count, size, width):  # type: ignore[no-untyped-def]
+def _write(ring, values, step, start, count, size, width):
     for i in range(count):
         to = ring + (start + i) % size * width * 4
         for b in range(0, width * 4, _BYTES):

@@ -29,9 +29,7 @@ _scores4, _scores1 = products(4, _KEYS), products(1, _KEYS)
 
 
 @compiled
-def _score(  # type: ignore[no-untyped-def]
-    q, gate, keys, listed, count, heads, width, room, scores
-):
+def _score(q, gate, keys, listed, count, heads, width, room, scores):
     """Score entries, sixteen at a time; `scores` has room for whole vectors."""
     zero = splat(np.float32(0))
     z = room + LANES * 8
@@ -59,7 +57,7 @@ def _score(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _nth(values, count, rank):  # type: ignore[no-untyped-def]
+def _nth(values, count, rank):
     """The value of a rank (0 is the largest); reorders `values`. NaNs count as equal to anything."""
     low, high = 0, count
     while True:
@@ -87,7 +85,7 @@ def _nth(values, count, rank):  # type: ignore[no-untyped-def]
 
 
 @entry()
-def _choose(  # type: ignore[no-untyped-def]
+def _choose(
     q,
     gate,
     keys,

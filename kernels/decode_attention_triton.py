@@ -80,7 +80,7 @@ def head_block(heads: int, source: Any) -> int:
     """Heads of a program."""
     if source is not attention_triton:
         return 64
-    return min(64, max(16, triton.next_power_of_2(heads)))
+    return min(64, max(16, 1 << (heads - 1).bit_length()))
 
 
 @decode_attention.twin("triton", runs)
@@ -129,4 +129,4 @@ def _decode(
 
 def scale_of(dims: int) -> float:
     """Of a product of query and key, in base 2."""
-    return dims**-0.5 * math.log2(math.e)
+    return math.log2(math.e) / math.sqrt(dims)

@@ -32,7 +32,7 @@ _BYTES = 4 * LANES
 
 
 @entry()
-def _best(x, rows, count, best, norm):  # type: ignore[no-untyped-def]
+def _best(x, rows, count, best, norm):
     """`count` is a multiple of 16."""
     for m in range(rows):
         row = x + m * count * 4
@@ -65,7 +65,7 @@ _BUCKETS = 1 << _BITS
 
 
 @entry()
-def _rank(x, count, keys, other, buckets):  # type: ignore[no-untyped-def]
+def _rank(x, count, keys, other, buckets):
     """Radix sort of (key, place) in 64 bits; `keys` then holds the places in order."""
     for i in range(count):
         bits = get_bits(x + i * 4)

@@ -40,7 +40,7 @@ _ROWS = 64
 
 
 @entry("limit")
-def activate(gate_up, inner, rows, width, limit, weights):  # type: ignore[no-untyped-def]
+def activate(gate_up, inner, rows, width, limit, weights):
     """Clamped SwiGLU of `[rows, 2 * width]`, times a weight a row where there are some."""
     high, low = splat(np.float32(limit)), splat(np.float32(-limit))
     one, zero = splat(_ONE), splat(_ZERO)
@@ -55,14 +55,14 @@ def activate(gate_up, inner, rows, width, limit, weights):  # type: ignore[no-un
 
 
 @compiled
-def copy_row(source, target, count):  # type: ignore[no-untyped-def]
+def copy_row(source, target, count):
     """Copy `count` numbers, a multiple of 16."""
     for i in range(0, count * 4, _BYTES):
         store(target + i, load(source + i))
 
 
 @entry("limit")
-def _run(  # type: ignore[no-untyped-def]
+def _run(
     x, x_step, share, experts, weights, pairs, table, distinct, width, inner, limit, order, room, y
 ):
     """`table` holds (expert, up, its bytes a weight, down, its bytes a weight) for each of `distinct` experts."""

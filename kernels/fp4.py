@@ -70,8 +70,8 @@ class Fp4Stack:
 
     def to(self, device: torch.device | str) -> Fp4Stack:
         """The same stack on another device."""
-        moved = (t.to(device) for t in (self.codes, self.scales, self.gain))
-        return Fp4Stack(*moved, self.columns)
+        codes, scales, gain = self.codes.to(device), self.scales.to(device), self.gain.to(device)
+        return Fp4Stack(codes, scales, gain, self.columns)
 
 
 def pack(packed: Tensor, scale: Tensor) -> Fp4Stack:

@@ -38,7 +38,7 @@ _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 
 
 @compiled
-def mean_square(x, count):  # type: ignore[no-untyped-def]
+def mean_square(x, count):
     """Mean of the squares of `count` numbers, a multiple of 16: two chains a lane, then a tree."""
     a = b = splat(_ZERO)
     i = 0
@@ -53,7 +53,7 @@ def mean_square(x, count):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _doubly(logits, iters, eps):  # type: ignore[no-untyped-def]
+def _doubly(logits, iters, eps):
     e = exp(sub(logits, row_largest(logits)))
     mix = add(div(e, row_sums(e)), eps)
     mix = div(mix, add(column_sums(mix), eps))
@@ -64,9 +64,7 @@ def _doubly(logits, iters, eps):  # type: ignore[no-untyped-def]
 
 
 @entry("eps", "norm_eps")
-def _pre(  # type: ignore[no-untyped-def]
-    x, fn, size, base, scales, norm, iters, eps, norm_eps, rows, width, mixes, y, post, comb
-):
+def _pre(x, fn, size, base, scales, norm, iters, eps, norm_eps, rows, width, mixes, y, post, comb):
     streams = _STREAMS * width
     multiply(x, streams * 4, fn, size, streams, mixes, _MIXES * 4, rows, _MIXES)
     one, small = splat(_ONE), splat(np.float32(eps))
@@ -120,9 +118,7 @@ def _hyper_pre(
 
 
 @entry("factor", "eps", "norm_eps")
-def _head(  # type: ignore[no-untyped-def]
-    x, fn, size, base, factor, eps, norm_eps, rows, width, mixes, y
-):
+def _head(x, fn, size, base, factor, eps, norm_eps, rows, width, mixes, y):
     """`mixes` has room for 16 numbers beyond those of the rows."""
     streams = _STREAMS * width
     multiply(x, streams * 4, fn, size, streams, mixes, _STREAMS * 4, rows, _STREAMS)
@@ -164,7 +160,7 @@ def _hyper_head(
 
 
 @entry()
-def _post(f, more, x, post, comb, rows, width, y):  # type: ignore[no-untyped-def]
+def _post(f, more, x, post, comb, rows, width, y):
     for t in range(rows):
         f_t, more_t, p = f + t * width * 4, more + t * width * 4, post + t * 16
         for k in range(_STREAMS):

@@ -30,8 +30,9 @@ def unpack_keys(pages: Tensor, per: int, kind: KeyFormat) -> Tensor:
     body = pages[:, : per * data].reshape(-1, data)
     tail = pages[:, per * data : per * (data + scales)].reshape(-1, scales)
     if kind == "fp8":
-        wide = body.contiguous().view(torch.float8_e4m3fn).float()
-        return wide * tail.contiguous().view(torch.float32)
+        wide: Tensor = body.contiguous().view(torch.float8_e4m3fn).float()
+        scaled: Tensor = wide * tail.contiguous().view(torch.float32)
+        return scaled
     codes = torch.stack([body & 15, body >> 4], dim=-1).flatten(1).long()
     values = torch.tensor([*_FP4, *(-v for v in _FP4)], device=pages.device)[codes]
     return (values.unflatten(1, (4, 32)) * torch.exp2(tail.float() - 127).unsqueeze(-1)).flatten(1)

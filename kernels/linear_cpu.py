@@ -33,7 +33,7 @@ _thin1, _thin2, _thin4 = (sweep(_THIN_ROWS, 1, size) for size in (1, 2, 4))
 
 
 @entry()
-def multiply(x, x_step, w, size, inputs, y, y_step, rows, outputs):  # type: ignore[no-untyped-def]
+def multiply(x, x_step, w, size, inputs, y, y_step, rows, outputs):
     """`y = x W` for addresses of rows, of panels (`size` bytes a weight) and of results."""
     step = inputs * LANES * size
     n = 0

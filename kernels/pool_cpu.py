@@ -28,7 +28,7 @@ _BYTES = 4 * LANES
 
 
 @compiled
-def _slot(new, step, raw, ring, channels, position, start, first):  # type: ignore[no-untyped-def]
+def _slot(new, step, raw, ring, channels, position, start, first):
     """Address of the row at a position, in the pass or in the ring."""
     if position >= start:
         return new + (first + position - start) * step
@@ -36,9 +36,7 @@ def _slot(new, step, raw, ring, channels, position, start, first):  # type: igno
 
 
 @compiled
-def _pool_one(  # type: ignore[no-untyped-def]
-    new, step, raw, ring, channels, width, position, start, first, entry
-):
+def _pool_one(new, step, raw, ring, channels, width, position, start, first, entry):
     """Pool one window per channel: the largest logit, then weights and weighted sum in order."""
     begin, overlap = position - ring + 1, channels == 2 * width
     known = max(begin, 0)
@@ -58,7 +56,7 @@ def _pool_one(  # type: ignore[no-untyped-def]
 
 
 @entry("eps")
-def _pool(  # type: ignore[no-untyped-def]
+def _pool(
     new,
     step,
     ape,

@@ -17,7 +17,7 @@ _BYTES = 4 * LANES
 
 
 @compiled
-def turn(x, turns, pairs, back):  # type: ignore[no-untyped-def]
+def turn(x, turns, pairs, back):
     """Rotate adjacent pairs in place, by the opposite angles with `back`."""
     i, last = 0, pairs * 8
     while i + _BYTES <= last:
@@ -35,7 +35,7 @@ def turn(x, turns, pairs, back):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def finish_head(x, weight, turns, pairs, width, eps, y):  # type: ignore[no-untyped-def]
+def finish_head(x, weight, turns, pairs, width, eps, y):
     """Norm (none with eps below 0) and rotation (none with no pairs) of one vector; y may be x."""
     scale = splat(np.float32(1))
     if eps >= 0:
@@ -49,9 +49,7 @@ def finish_head(x, weight, turns, pairs, width, eps, y):  # type: ignore[no-unty
 
 
 @entry("eps")
-def _heads(  # type: ignore[no-untyped-def]
-    x, row_step, head_step, weight, turns, pairs, rows, heads, width, eps, y
-):
+def _heads(x, row_step, head_step, weight, turns, pairs, rows, heads, width, eps, y):
     for t in range(rows):
         for h in range(heads):
             at, to = x + t * row_step + h * head_step, y + (t * heads + h) * width * 4

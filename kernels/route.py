@@ -72,8 +72,11 @@ def route(experts_TK: Tensor, slot_of_E: Tensor, held: int, rows: int) -> Route:
 
 def _empty(pairs: int, held: int, rows: int, device: torch.device) -> Route:
     blocks = most_blocks(pairs, held, rows)
-    sizes = (pairs, blocks, blocks, blocks, 1)
-    return Route(*(torch.empty(n, dtype=torch.int32, device=device) for n in sizes), rows)
+
+    def empty(count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.int32, device=device)
+
+    return Route(empty(pairs), empty(blocks), empty(blocks), empty(blocks), empty(1), rows)
 
 
 @jit

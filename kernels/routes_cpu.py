@@ -18,9 +18,7 @@ _BYTES = 4 * LANES
 
 
 @entry("factor")
-def _choose(  # type: ignore[no-untyped-def]
-    logits, bias, given, tokens, experts, count, factor, scores, chosen, weights
-):
+def _choose(logits, bias, given, tokens, experts, count, factor, scores, chosen, weights):
     for t in range(tokens):
         for e in range(experts):
             x = get(logits + (t * experts + e) * 4)
@@ -67,7 +65,7 @@ def _choose_experts(
 
 
 @entry()
-def _combine(parts, tokens, count, width, y):  # type: ignore[no-untyped-def]
+def _combine(parts, tokens, count, width, y):
     for t in range(tokens):
         for d in range(0, width * 4, _BYTES):
             whole = load(parts + t * count * width * 4 + d)
