@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whalepod.kernels.rms_norm import rms_norm
 from whalepod.model.attention import Attention
 from whalepod.model.batch import Batch
 from whalepod.model.cache import LayerCache
@@ -44,7 +43,7 @@ class Block:
         dtype: torch.dtype,
         fidelity: Fidelity,
     ) -> None:
-        self.eps, self.layer = config.rms_norm_eps, layer
+        self.layer = layer
         self.hc_attn = HyperConnection(config, weights, f"{prefix}.hc_attn")
         self.hc_ffn = HyperConnection(config, weights, f"{prefix}.hc_ffn")
         self.attn_norm = weights[f"{prefix}.attn_norm.weight"]
@@ -56,11 +55,10 @@ class Block:
 
     def before(self, x_TCD: Tensor, batch: Batch, cache: LayerCache) -> Half:
         """Run up to the experts' input: `half.ffn_in_TD` is what travels."""
-        a_TD, post, comb = self.hc_attn.pre(x_TCD)
-        a_TD = self.attention(rms_norm(a_TD, self.attn_norm, self.eps), batch, cache)
-        x_TCD = hc_post(a_TD, x_TCD, post, comb)
-        f_TD, post, comb = self.hc_ffn.pre(x_TCD)
-        return Half(x_TCD, post, comb, rms_norm(f_TD, self.ffn_norm, self.eps))
+        a_TD, post, comb = self.hc_attn.pre(x_TCD, self.attn_norm)
+        a_TD = self.attention(a_TD, batch, cache)
+        x_TCD, f_TD, post, comb = self.hc_ffn.post_pre(a_TD, x_TCD, post, comb, self.ffn_norm)
+        return Half(x_TCD, post, comb, f_TD)
 
     def share(self, half: Half) -> Tensor:
         """Run the shared expert, `[T, D]`; done while the legs are under way."""
