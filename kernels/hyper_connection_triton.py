@@ -45,6 +45,10 @@ def _times(acc, x, w, EXACT: tl.constexpr):
     """Add `x w`: x is bf16, w fp32 and taken as the sum of three bf16, so nothing is lost."""
     if EXACT:
         return tl.dot(x.to(tl.float32), w, acc, input_precision="ieee")
+    # An opaque copy: else what made x would be computed again, in the layout of the product.
+    x = tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", args=[x], dtype=tl.bfloat16, is_pure=False, pack=2
+    )
     high = w.to(tl.bfloat16)
     rest = w - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)

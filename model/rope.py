@@ -7,7 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from whalepod.kernels.rope import rotate_
 from whalepod.model.shape import ModelConfig
+
+__all__ = ["frequencies", "rotate_", "turns"]
 
 
 def frequencies(config: ModelConfig, layer: int) -> Tensor:
@@ -51,25 +54,3 @@ def turns(positions_T: Tensor, freqs: Tensor) -> Tensor:
     """
     angles = positions_T.to(torch.float32).unsqueeze(-1) * freqs
     return torch.polar(torch.ones_like(angles), angles)
-
-
-def rotate_(x: Tensor, turns_TP: Tensor, *, inverse: bool = False) -> Tensor:
-    """Rotate the last `rd` dims of `x` in place; returns `x`.
-
-    Args:
-        x: `[T, D]` or `[T, heads, D]`, fp32 or bf16.
-        turns_TP: `[T, rd/2]` from `turns`.
-        inverse: rotate by the negative angle (attention output).
-    """
-    pairs = turns_TP.shape[-1]
-    if x.ndim == 3:
-        turns_TP = turns_TP.unsqueeze(1)
-    if inverse:
-        turns_TP = turns_TP.conj()
-    tail = x[..., x.shape[-1] - 2 * pairs :]
-    if x.dtype == torch.float32:
-        torch.view_as_complex(tail.unflatten(-1, (pairs, 2))).mul_(turns_TP)
-    else:
-        wide = torch.view_as_complex(tail.float().unflatten(-1, (pairs, 2))) * turns_TP
-        tail.copy_(torch.view_as_real(wide).flatten(-2))
-    return x
