@@ -4,7 +4,7 @@ Ratio 4 overlaps: a token's first half of channels feeds the next window's entry
 its own window's, so an entry pools 8 slots. Any other ratio pools its own window only.
 
 Legend: T tokens, N decoding rows, X entries, J slots of a window, D entry width, C = coff * D
-channels (coff 2 with overlap, else 1), R rows of a ring, B blocks of a sequence's table, P pairs.
+channels (coff 2 with overlap, else 1), R rows of a ring, P rotated pairs.
 Source: DeepSeek-V4 inference/model.py, Compressor. All of it is fp32 until the norm.
 """
 
@@ -61,7 +61,7 @@ def compress_decode(
     entries: Storage,
     slots_N: Tensor,
     positions_N: Tensor,
-    table_NB: Tensor,
+    blocks_N: Tensor,
     per_block: int,
     turns_NP: Tensor,
 ) -> None:
@@ -72,10 +72,9 @@ def compress_decode(
         how: the compressor.
         raw_SR2C: `[slots, R, 2, C]` fp32 rings of rows, addressed by position modulo R; the new row is
             written with its position bias.
-        entries: entry w of sequence n goes into flat row
-            `table_NB[n, w // per_block] * per_block + w % per_block`.
+        entries: entry w of sequence n goes into flat row `blocks_N[n] * per_block + w % per_block`.
         slots_N, positions_N: `[N]` int64; no slot appears twice.
-        table_NB: `[N, B]` int64, B at least the blocks of a window that closes.
+        blocks_N: `[N]` int64, the block of the pool that each row's position belongs to.
         per_block: entries of a block.
         turns_NP: `[N, P]` complex64, rotations of the first position of each row's window.
     """
@@ -89,7 +88,7 @@ def compress_decode(
     back = torch.arange(how.slots - 1, -1, -1, device=at.device)
     window = raw_SR2C[slots_N[closing].unsqueeze(-1), (at[closing].unsqueeze(-1) - back) % size]
     number = positions_N[closing] // ratio
-    rows = table_NB[closing, number // per_block] * per_block + number % per_block
+    rows = blocks_N[closing] * per_block + number % per_block
     _write(window, number == 0, turns_NP[closing], how, entries, rows)
 
 

@@ -70,8 +70,8 @@ def _finish(
 
 @jit
 def decode_kernel(
-    rows, ape, raw, norm, turns, slots, positions, table, pools, counters, stride, table_stride,
-    R, PER: tl.constexpr, RATIO: tl.constexpr, J: tl.constexpr, EPS: tl.constexpr,
+    rows, ape, raw, norm, turns, slots, positions, blocks, pools, counters, stride, R,
+    PER: tl.constexpr, RATIO: tl.constexpr, J: tl.constexpr, EPS: tl.constexpr,
     PARTS: tl.constexpr, WINDOW_COLS: tl.constexpr, dense, data, wide, STRIDE: tl.constexpr,
     COUNT: tl.constexpr, DATA: tl.constexpr, SCALES: tl.constexpr, D: tl.constexpr,
     PAIRS: tl.constexpr, ROUNDING: tl.constexpr, PAGED: tl.constexpr, KIND: tl.constexpr,
@@ -111,7 +111,7 @@ def decode_kernel(
             tl.where(mine, value[None, :], values), tl.where(mine, logit[None, :], logits)
         )
         number = position // RATIO
-        row = tl.load(table + n * table_stride + number // PER) * PER + number % PER
+        row = tl.load(blocks + n) * PER + number % PER
         _finish(
             pooled, part, counters, n, norm, turns + n * (2 * PAIRS), row, EPS, PARTS, WINDOW_COLS,
             dense, data, wide, STRIDE, COUNT, DATA, SCALES, D, PAIRS, ROUNDING, PAGED, KIND, FACTOR,
@@ -190,7 +190,7 @@ def _shared(rows: Tensor, how: Pooling, storage: Storage, pairs: int, many: int)
 
 def decode(
     rows_N2C: Tensor, how: Pooling, raw_SR2C: Tensor, entries: Storage, slots_N: Tensor,
-    positions_N: Tensor, table_NB: Tensor, per_block: int, turns_NP: Tensor,
+    positions_N: Tensor, blocks_N: Tensor, per_block: int, turns_NP: Tensor,
 ) -> None:  # fmt: skip
     """Twin of `compress_decode`."""
     count = len(rows_N2C)
@@ -198,9 +198,8 @@ def decode(
     more = _shared(rows_N2C, how, entries, turns.shape[1], count)
     if count:
         decode_kernel[(count, more["PARTS"])](
-            rows_N2C, how.ape_JC, raw_SR2C, how.norm_D, turns, slots_N, positions_N, table_NB,
-            stride=rows_N2C.stride(0), table_stride=table_NB.stride(0), R=raw_SR2C.shape[1],
-            PER=per_block, **more,
+            rows_N2C, how.ape_JC, raw_SR2C, how.norm_D, turns, slots_N, positions_N, blocks_N,
+            stride=rows_N2C.stride(0), R=raw_SR2C.shape[1], PER=per_block, **more,
         )  # fmt: skip
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whalepod.kernels.entries import FP4_GROUP, KV_BLOCK, Pages, Rounding, Storage
+from whalepod.kernels.entries import KV_BLOCK, Pages, Rounding, Storage
 from whalepod.kernels.jit import INTERPRETED, jit, tl, triton
 from whalepod.kernels.narrow import e2m1, e4m3, exponent_above, power, rounded
+from whalepod.kernels.quantise import FP4_GROUP
 
 _ROUNDINGS = {"none": 0, "kv": 1, "index": 2}
 

@@ -74,28 +74,28 @@ def test_decoding_rows_equal_the_reference(
     plain = Pooling(how.ape_JC, how.norm_D, ratio, how.eps, how.dtype, "none")
     positions = torch.tensor([0, ratio - 1, ratio, 3 * ratio - 1, 8 * ratio - 1], device=DEVICE)
     slots = torch.randperm(SLOTS, device=DEVICE)[: len(positions)]
-    table = torch.randperm(10, device=DEVICE).view(5, 2)
+    blocks = torch.randperm(10, device=DEVICE)[:5]
     rows = random(5, 4 * how.ape_JC.shape[1] + 16)[:, 16 : 16 + 2 * how.ape_JC.shape[1]]
     rows = rows.unflatten(1, (2, -1))
     raw = random(SLOTS, how.slots, *rows.shape[1:])
     angles = turns(positions // ratio * ratio, pairs)
     bare = storages(size, "none", 10)[0]
-    twin(compress_decode)(rows, plain, raw.clone(), bare, slots, positions, table, PER, angles)
+    twin(compress_decode)(rows, plain, raw.clone(), bare, slots, positions, blocks, PER, angles)
     for storage in storages(size, rounding, 10):
         made, want, ring, ring_want = copy(storage), copy(storage), raw.clone(), raw.clone()
         for kernel, into, rings in (
             (twin(compress_decode), made, ring),
             (compress_decode.reference, want, ring_want),
         ):
-            kernel(rows, how, rings, into, slots, positions, table, PER, angles)
+            kernel(rows, how, rings, into, slots, positions, blocks, PER, angles)
         assert torch.equal(ring, ring_want)
         check(made, want, bare, rounding, pairs)
         alone = copy(storage)
         at = slice(3, 4)
         twin(compress_decode)(
-            rows[at], how, raw.clone(), alone, slots[at], positions[at], table[at], PER, angles[at]
+            rows[at], how, raw.clone(), alone, slots[at], positions[at], blocks[at], PER, angles[at]
         )
-        row = int(table[3, 0]) * PER + 2
+        row = int(blocks[3]) * PER + 2
         if not isinstance(made, Pages):
             assert same(alone[row], made[row])
 
@@ -103,9 +103,8 @@ def test_decoding_rows_equal_the_reference(
 def test_no_decoding_rows_are_nothing() -> None:
     how, raw = pooling(4, 128, "none"), random(2, 8, 2, 256)
     none, before = torch.zeros(0, dtype=torch.int64, device=DEVICE), raw.clone()
-    table = torch.zeros(0, 1, dtype=torch.int64, device=DEVICE)
     entries = random(8, 128)
-    twin(compress_decode)(raw[:0, 0], how, raw, entries, none, none, table, 4, turns(none, 32))
+    twin(compress_decode)(raw[:0, 0], how, raw, entries, none, none, none, 4, turns(none, 32))
     assert torch.equal(raw, before)
 
 
@@ -140,7 +139,7 @@ def test_decoding_and_chunks_make_the_same_entries(ratio: int) -> None:
     """However a sequence is cut, its entries are those of one chunk."""
     size, length = (512, 2 * ratio + 3) if GPU else (128, 2 * ratio + 1)
     how = pooling(ratio, size, "none")
-    rows, table = random(length, 2, how.ape_JC.shape[1]), torch.tensor([[1, 0]], device=DEVICE)
+    rows = random(length, 2, how.ape_JC.shape[1])
     raw = torch.zeros(1, how.slots, *rows.shape[1:], device=DEVICE)
     angles = turns(torch.arange(2, device=DEVICE) * ratio, 32)
     whole, steps = storages(size, "none", 2)[0], storages(size, "none", 2)[0]
@@ -152,6 +151,6 @@ def test_decoding_and_chunks_make_the_same_entries(ratio: int) -> None:
     zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     for t in range(ratio - 1, length):
         turn = angles[t // ratio][None] if t // ratio < 2 else angles[:1]
-        twin(compress_decode)(rows[t][None], how, raw, steps, zero, zero + t, table, PER, turn)
+        twin(compress_decode)(rows[t][None], how, raw, steps, zero, zero + t, zero + 1, PER, turn)
     assert same(whole.nan_to_num(), steps.nan_to_num())
     assert int((~whole.isnan()).any(1).sum()) == 2
