@@ -24,9 +24,11 @@ from whalepod.kernels.narrow import rounded
 if TYPE_CHECKING:
     from whalepod.kernels.hyper_connection import Site
 
-COLS, TOKENS, SINKHORN = 64, 16, 4
-# Streams of so many tokens stay in the cache between the two launches.
-CHUNK = 1024
+COLS, TOKENS, SINKHORN, WARPS, SWAP = 64, 16, 4, 4, 0
+# From so many tokens on a program takes several tiles, so that the projection is fetched less often.
+MANY, REPEAT = 1024, 8
+# Tokens of one launch, which bounds the memory for parts.
+CHUNK = 8192
 
 
 @jit
@@ -67,13 +69,17 @@ def _spread(f, x0, x1, x2, x3, post, comb, t, live, K: tl.constexpr):
 
 
 @jit
-def _part(acc, squares, x, fn, column, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-          EXACT: tl.constexpr):  # fmt: skip
+def _weights(fn, column, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """Stream K's part of the projection, `[COLS, 32]` fp32."""
     row, real = _place(tl.arange(0, 32))
     kept = (real & (row < N))[None, :] & (column < D)[:, None]
-    w = tl.load(fn + row[None, :] * (4 * D) + (K * D + column)[:, None], mask=kept, other=0.0)
+    return tl.load(fn + row[None, :] * (4 * D) + (K * D + column)[:, None], mask=kept, other=0.0)
+
+
+@jit
+def _squares(x):
     wide = x.to(tl.float32)
-    return _times(acc, x, w, EXACT), squares + tl.sum(wide * wide, 1)
+    return tl.sum(wide * wide, 1)
 
 
 @jit
@@ -81,40 +87,50 @@ def mix_kernel(
     f, x, post, comb, out, fn, parts, T,
     D: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, POST: tl.constexpr,
     PROJECT: tl.constexpr, EXACT: tl.constexpr, CUTS: tl.constexpr, TOKENS: tl.constexpr,
-    COLS: tl.constexpr,
+    COLS: tl.constexpr, REPEAT: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
-    """First launch, over `[T, 4, D]`; without POST `out` and `f` are not looked at."""
-    split = tl.program_id(0)
-    t = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    """First launch, over `[T, 4, D]`: REPEAT tiles; without POST `out` and `f` are not looked at."""
+    split = tl.program_id(SWAP)
     column = split * COLS + tl.arange(0, COLS)
-    live = t < T
-    kept = live[:, None] & (column < D)[None, :]
-    at = t[:, None] * (4 * D) + column[None, :]
     kind = x.dtype.element_ty
-    x0, x1 = tl.load(x + at, mask=kept, other=0.0), tl.load(x + at + D, mask=kept, other=0.0)
-    x2 = tl.load(x + at + 2 * D, mask=kept, other=0.0)
-    x3 = tl.load(x + at + 3 * D, mask=kept, other=0.0)
-    if POST:
-        wide = tl.load(f + t[:, None] * D + column[None, :], mask=kept, other=0.0).to(tl.float32)
-        w0, w1, w2, w3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
-        x0 = rounded(_spread(wide, w0, w1, w2, w3, post, comb, t, live, 0), kind, CUTS)
-        x1 = rounded(_spread(wide, w0, w1, w2, w3, post, comb, t, live, 1), kind, CUTS)
-        x2 = rounded(_spread(wide, w0, w1, w2, w3, post, comb, t, live, 2), kind, CUTS)
-        x3 = rounded(_spread(wide, w0, w1, w2, w3, post, comb, t, live, 3), kind, CUTS)
-        tl.store(out + at, x0, mask=kept)
-        tl.store(out + at + D, x1, mask=kept)
-        tl.store(out + at + 2 * D, x2, mask=kept)
-        tl.store(out + at + 3 * D, x3, mask=kept)
-    if PROJECT:
-        acc, squares = tl.zeros((TOKENS, 32), tl.float32), tl.zeros((TOKENS,), tl.float32)
-        acc, squares = _part(acc, squares, x0, fn, column, D, N, 0, EXACT)
-        acc, squares = _part(acc, squares, x1, fn, column, D, N, 1, EXACT)
-        acc, squares = _part(acc, squares, x2, fn, column, D, N, 2, EXACT)
-        acc, squares = _part(acc, squares, x3, fn, column, D, N, 3, EXACT)
-        n = tl.arange(0, 32)
-        acc = tl.where((n == 4)[None, :], squares[:, None], acc)
-        where = parts + (t * SPLITS + split)[:, None] * 32 + n[None, :]
-        tl.store(where, acc, mask=live[:, None] & ((N > 4) | (n < 8))[None, :])
+    if PROJECT and REPEAT > 1:  # for one tile they are loaded late, which takes fewer registers
+        w0, w1 = _weights(fn, column, D, N, 0), _weights(fn, column, D, N, 1)
+        w2, w3 = _weights(fn, column, D, N, 2), _weights(fn, column, D, N, 3)
+    for i in range(REPEAT):
+        t = ((tl.program_id(1 - SWAP) * REPEAT + i) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+        live = t < T
+        kept = live[:, None] & (column < D)[None, :]
+        at = t[:, None] * (4 * D) + column[None, :]
+        x0, x1 = tl.load(x + at, mask=kept, other=0.0), tl.load(x + at + D, mask=kept, other=0.0)
+        x2 = tl.load(x + at + 2 * D, mask=kept, other=0.0)
+        x3 = tl.load(x + at + 3 * D, mask=kept, other=0.0)
+        if POST:
+            wide = tl.load(f + t[:, None] * D + column[None, :], mask=kept, other=0.0)
+            wide = wide.to(tl.float32)
+            a, b, c, d = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
+            x0 = rounded(_spread(wide, a, b, c, d, post, comb, t, live, 0), kind, CUTS)
+            x1 = rounded(_spread(wide, a, b, c, d, post, comb, t, live, 1), kind, CUTS)
+            x2 = rounded(_spread(wide, a, b, c, d, post, comb, t, live, 2), kind, CUTS)
+            x3 = rounded(_spread(wide, a, b, c, d, post, comb, t, live, 3), kind, CUTS)
+            tl.store(out + at, x0, mask=kept)
+            tl.store(out + at + D, x1, mask=kept)
+            tl.store(out + at + 2 * D, x2, mask=kept)
+            tl.store(out + at + 3 * D, x3, mask=kept)
+        if PROJECT:
+            acc = tl.zeros((TOKENS, 32), tl.float32)
+            if REPEAT > 1:
+                acc = _times(_times(acc, x0, w0, EXACT), x1, w1, EXACT)
+                acc = _times(_times(acc, x2, w2, EXACT), x3, w3, EXACT)
+            else:
+                acc = _times(acc, x0, _weights(fn, column, D, N, 0), EXACT)
+                acc = _times(acc, x1, _weights(fn, column, D, N, 1), EXACT)
+                acc = _times(acc, x2, _weights(fn, column, D, N, 2), EXACT)
+                acc = _times(acc, x3, _weights(fn, column, D, N, 3), EXACT)
+            squares = _squares(x0) + _squares(x1) + _squares(x2) + _squares(x3)
+            n = tl.arange(0, 32)
+            acc = tl.where((n == 4)[None, :], squares[:, None], acc)
+            where = parts + (t * SPLITS + split)[:, None] * 32 + n[None, :]
+            tl.store(where, acc, mask=live[:, None] & ((N > 4) | (n < 8))[None, :])
 
 
 @jit
@@ -203,11 +219,13 @@ def _mix(
 ) -> None:  # fmt: skip
     tokens, _, width = x.shape
     splits = triton.cdiv(width, COLS)
-    mix_kernel[(splits, triton.cdiv(tokens, TOKENS))](
+    repeat = REPEAT if tokens >= MANY else 1
+    tiles = triton.cdiv(tokens, TOKENS * repeat)
+    mix_kernel[(tiles, splits) if SWAP else (splits, tiles)](
         f, x, post, comb, out, fn, parts, tokens,
         D=width, N=0 if fn is None else fn.shape[0], SPLITS=splits, POST=f is not None,
         PROJECT=fn is not None, EXACT=INTERPRETED or x.dtype == torch.float32, CUTS=INTERPRETED,
-        TOKENS=TOKENS, COLS=COLS, num_warps=4,
+        TOKENS=TOKENS, COLS=COLS, REPEAT=repeat, SWAP=SWAP, num_warps=WARPS,
     )  # fmt: skip
 
 

@@ -127,35 +127,51 @@ def collect_kernel(
 
 
 @jit
-def _from(mid, key, weight, keys, weights, length, COUNT: tl.constexpr, TILE: tl.constexpr):
-    """Weight (or number) of the candidates whose key is at least `mid`; one tile is in registers."""
-    least = mid.to(tl.int32)
-    sums = tl.where(key >= least, 1 if COUNT else weight, 0).to(tl.int64)
-    for start in range(TILE, length, TILE):
+def _added(key, weight, mid, COUNT: tl.constexpr):
+    return tl.where(key >= mid.to(tl.int32), 1 if COUNT else weight, 0).to(tl.int64)
+
+
+@jit
+def _from(a, b, c, key, weight, keys, weights, length, COUNT: tl.constexpr, TILE: tl.constexpr):
+    """Weight (or number) of the candidates from each of three keys on; one tile is in registers."""
+    in_a, in_b = _added(key, weight, a, COUNT), _added(key, weight, b, COUNT)
+    in_c = _added(key, weight, c, COUNT)
+    for start in tl.range(TILE, length, TILE, loop_unroll_factor=2):
         i = start + tl.arange(0, TILE)
-        more = tl.load(keys + i, mask=i < length, other=-(2**31))
-        each = 1 if COUNT else tl.load(weights + i, mask=i < length, other=0)
-        sums += tl.where(more >= least, each, 0).to(tl.int64)
-    return tl.sum(sums)
+        key = tl.load(keys + i, mask=i < length, other=-(2**31))
+        if not COUNT:
+            weight = tl.load(weights + i, mask=i < length, other=0)
+        in_a += _added(key, weight, a, COUNT)
+        in_b += _added(key, weight, b, COUNT)
+        in_c += _added(key, weight, c, COUNT)
+    return tl.sum(in_a), tl.sum(in_b), tl.sum(in_c)
 
 
 @jit
 def _quantile(need, low, high, key, weight, keys, weights, length, COUNT: tl.constexpr,
               TILE: tl.constexpr):  # fmt: skip
-    """Largest key such that it and what is above reaches `need`; how many of its ties that takes."""
+    """Largest key such that it and what is above reaches `need`; how many of its ties that takes.
+
+    From `low` on it is reached, from `high` on not. Also returns the weight that is taken then.
+    """
     while high - low > 1:
-        mid = (low + high) // 2
-        enough = _from(mid, key, weight, keys, weights, length, COUNT, TILE) >= need
-        low, high = tl.where(enough, mid, low), tl.where(enough, high, mid)
-    above = _from(low + 1, key, weight, keys, weights, length, COUNT, TILE)
-    mass_above = _from(low + 1, key, weight, keys, weights, length, False, TILE)
-    ties = _from(low, key, weight, keys, weights, length, True, TILE)
-    ties -= _from(low + 1, key, weight, keys, weights, length, True, TILE)
-    mass = _from(low, key, weight, keys, weights, length, False, TILE) - mass_above
-    each = mass // tl.maximum(ties, 1)
-    taken = need - above
-    if not COUNT:
-        taken = (taken + each - 1) // tl.maximum(each, 1)
+        step = tl.maximum((high - low) // 4, 1)
+        a, b, c = low + step, low + 2 * step, low + 3 * step
+        from_a, from_b, from_c = _from(a, b, c, key, weight, keys, weights, length, COUNT, TILE)
+        low = tl.where(
+            from_c >= need, c, tl.where(from_b >= need, b, tl.where(from_a >= need, a, low))
+        )
+        bound = tl.where(from_b >= need, c, tl.where(from_a >= need, b, a))
+        high = tl.minimum(high, tl.where(from_c >= need, high, bound))
+    numbers, above, _c = _from(
+        low, low + 1, low + 1, key, weight, keys, weights, length, True, TILE
+    )
+    mass, mass_above, _c = _from(
+        low, low + 1, low + 1, key, weight, keys, weights, length, False, TILE
+    )
+    ties = numbers - above
+    each = (mass - mass_above) // tl.maximum(ties, 1)
+    taken = need - above if COUNT else (need - mass_above + each - 1) // tl.maximum(each, 1)
     return low, taken, mass_above + taken * each
 
 
@@ -179,7 +195,10 @@ def choose_kernel(
         i = tl.arange(0, TILE)
         key = tl.load(keys + i, mask=i < length, other=-(2**31))
         weight = tl.load(weights + i, mask=i < length, other=0)
-        low = tl.full((), -(2**31), tl.int64)
+        low = tl.full((), 2**31 - 1, tl.int64)
+        for start in tl.range(0, length, TILE, loop_unroll_factor=2):
+            near = tl.load(keys + start + i, mask=start + i < length, other=2**31 - 1)
+            low = tl.minimum(low, tl.min(near).to(tl.int64))
         bits = (top + 0.0).to(tl.int32, bitcast=True)
         high = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 1
         rank = tl.full((), 0, tl.int64)

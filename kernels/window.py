@@ -71,8 +71,9 @@ def _kernel(
     value = rounded(value, KIND, CUTS).to(tl.float32)
     row = one.to(tl.int64)
     inserted = t < count
-    if inserted:
-        row += tl.load(slots + t) * W + tl.load(positions + t) % W
+    if slots is not None:  # noqa: SIM102 - known when it is compiled, the other when it runs
+        if inserted:
+            row += tl.load(slots + t) * W + tl.load(positions + t) % W
     value = put_rows(
         value, row, (one == 0) & inserted, dense, data, wide, STRIDE, COUNT, DATA, SCALES, D,
         PAIRS, ROUNDING, PAGED, KIND, FACTOR, CUTS, 1, WIDTH,
