@@ -57,8 +57,9 @@ def sample(
     Returns:
         one `Drawn` a row. Greedy ties go to the lowest id.
     """
-    if logits_NV.device.type == "cuda" and all(s.adjust is None for s in settings):
-        return _on_device(logits_NV, settings, positions)
+    plain = [i for i, s in enumerate(settings) if s.adjust is None]
+    if logits_NV.device.type == "cuda" and plain:
+        return _mostly_on_device(logits_NV, settings, positions, histories, plain)
     greedy = logits_NV.argmax(-1).tolist()
     tokens = []
     for i, s in enumerate(settings):
@@ -74,6 +75,28 @@ def sample(
     at = torch.tensor(tokens, device=logits_NV.device).unsqueeze(-1)
     chosen = logits_NV.gather(1, at).squeeze(1) - logits_NV.logsumexp(-1)
     return [Drawn(t, p) for t, p in zip(tokens, chosen.tolist(), strict=True)]
+
+
+def _mostly_on_device(
+    logits_NV: Tensor,
+    settings: Seq[Sampling],
+    positions: Seq[int],
+    histories: Seq[History | None] | None,
+    plain: list[int],
+) -> list[Drawn]:
+    """Draw the `plain` rows in one kernel; those that their history adjusts one by one."""
+    if len(plain) == len(settings):
+        return _on_device(logits_NV, settings, positions)
+    others = [i for i in range(len(settings)) if settings[i].adjust is not None]
+    some = _on_device(logits_NV[plain], [settings[i] for i in plain], [positions[i] for i in plain])
+    rest = sample(
+        logits_NV[others],
+        [settings[i] for i in others],
+        [positions[i] for i in others],
+        [histories[i] for i in others] if histories else None,
+    )
+    drawn = dict(zip([*plain, *others], [*some, *rest], strict=True))
+    return [drawn[i] for i in range(len(settings))]
 
 
 def _on_device(logits_NV: Tensor, settings: Seq[Sampling], positions: Seq[int]) -> list[Drawn]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 COLS, TOKENS, SINKHORN, WARPS, SWAP = 64, 16, 4, 4, 0
 # From so many tokens on a program takes several tiles, so that the projection is fetched less often.
-MANY, REPEAT = 1024, 8
+MANY, REPEAT = 512, 8
 # Tokens of one launch, which bounds the memory for parts.
 CHUNK = 8192
 

@@ -16,23 +16,29 @@ from whalepod.kernels.jit import jit, tl, triton
 
 # Elements of a slice; candidates held in registers; rows at once, which bounds the memory they take.
 SLICE, TILE, ROWS = 4096, 4096, 64
-_BUCKETS, _BUCKET = 16, 1.5  # steps below the best logit over the temperature, and their width
+WARPS, SLICE_WARPS = 8, 8
+_BUCKETS = 8
 
 
 @jit
-def _scaled(logits, n, slices, best, settings, V: tl.constexpr, SLICE: tl.constexpr,
-            BEST: tl.constexpr, BUCKETS: tl.constexpr, BUCKET: tl.constexpr, S: tl.constexpr,
-            SP: tl.constexpr):  # fmt: skip
-    """One slice: logits, ids, weights, buckets, and which are candidates."""
+def _scaled(
+    logits, n, part, best, settings, V: tl.constexpr, SLICE: tl.constexpr, BEST: tl.constexpr,
+    S: tl.constexpr, SP: tl.constexpr,
+):  # fmt: skip
+    """One slice: logits, ids, weights, buckets by distance from the best, and what is a candidate."""
     s = tl.arange(0, SP)
     top = tl.max(tl.load(best + n * S + s, mask=s < S, other=float("-inf")))
-    v = slices * SLICE + tl.arange(0, SLICE)
+    v = part * SLICE + tl.arange(0, SLICE)
     x = tl.load(logits + n * V + v, mask=v < V, other=float("-inf"))
-    temperature, least = tl.load(settings + n * 5), tl.load(settings + n * 5 + 3)
-    scaled, most = x.to(tl.float64) / temperature, top.to(tl.float64) / temperature
+    factor = 1.0 / tl.load(settings + n * 5)
+    scaled, most = x.to(tl.float64) * factor, top.to(tl.float64) * factor
     weight = (tl.exp(scaled - most) * BEST + 0.5).to(tl.int64)
-    bucket = tl.minimum((most - scaled) / BUCKET, BUCKETS - 1.0).to(tl.int32)
-    return x, v, weight, bucket, (v < V) & (scaled >= most + least)
+    below = (most - scaled).to(tl.float32)
+    bucket = (below >= 1.0).to(tl.int32) + (below >= 2.0).to(tl.int32)
+    bucket += (below >= 3.5).to(tl.int32) + (below >= 5.0).to(tl.int32)
+    bucket += (below >= 7.0).to(tl.int32) + (below >= 10.0).to(tl.int32)
+    bucket += (below >= 15.0).to(tl.int32)
+    return x, v, weight, bucket, (v < V) & (scaled >= most + tl.load(settings + n * 5 + 3))
 
 
 @jit
@@ -51,14 +57,12 @@ def scan_kernel(logits, best, where, total, V: tl.constexpr, S: tl.constexpr, SL
 @jit
 def weigh_kernel(
     logits, best, settings, counts, masses, V: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
-    SLICE: tl.constexpr, BEST: tl.constexpr, BUCKETS: tl.constexpr, BUCKET: tl.constexpr,
+    SLICE: tl.constexpr, BEST: tl.constexpr, BUCKETS: tl.constexpr,
 ):  # fmt: skip
     """Candidates of a slice by their distance from the best, and their weights."""
     n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if tl.load(settings + n * 5) > 0:
-        _, _, weight, bucket, real = _scaled(
-            logits, n, part, best, settings, V, SLICE, BEST, BUCKETS, BUCKET, S, SP
-        )
+        _, _, weight, bucket, real = _scaled(logits, n, part, best, settings, V, SLICE, BEST, S, SP)
         bucket = tl.where(real, bucket, BUCKETS)
         at = (n * S + part) * BUCKETS
         for b in range(BUCKETS):
@@ -106,15 +110,12 @@ def _bracket(counts, masses, settings, n, S: tl.constexpr, SP: tl.constexpr, BUC
 def collect_kernel(
     logits, best, settings, counts, masses, keys, weights, ids, V: tl.constexpr, S: tl.constexpr,
     SP: tl.constexpr, SLICE: tl.constexpr, BEST: tl.constexpr, BUCKETS: tl.constexpr,
-    BUCKET: tl.constexpr,
 ):  # fmt: skip
     """Copy the candidates to look at, in the order of their ids."""
     n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if tl.load(settings + n * 5) > 0:
         first, last, _, _, _, _ = _bracket(counts, masses, settings, n, S, SP, BUCKETS)
-        x, v, weight, bucket, real = _scaled(
-            logits, n, part, best, settings, V, SLICE, BEST, BUCKETS, BUCKET, S, SP
-        )
+        x, v, weight, bucket, real = _scaled(logits, n, part, best, settings, V, SLICE, BEST, S, SP)
         s, b = tl.arange(0, SP), tl.arange(0, BUCKETS)
         before = (s < part)[:, None] & ((b >= first) & (b <= last))[None, :]
         found = tl.load(counts + (n * S + s)[:, None] * BUCKETS + b[None, :], mask=before, other=0)
@@ -247,7 +248,7 @@ def _some(logits: Tensor, settings: Tensor, tokens: Tensor, logprobs: Tensor) ->
     slices = triton.cdiv(size, SLICE)
     bounds = {"V": size, "S": slices}
     powers = {"SP": max(2, triton.next_power_of_2(slices)), "BUCKETS": _BUCKETS}
-    scale = {"SLICE": SLICE, "BEST": 2.0 ** (62 - size.bit_length()), "BUCKET": _BUCKET}
+    scale = {"SLICE": SLICE, "BEST": 2.0 ** (62 - size.bit_length())}
 
     def new(kind: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(count, *shape, dtype=kind, device=device)
@@ -259,13 +260,13 @@ def _some(logits: Tensor, settings: Tensor, tokens: Tensor, logprobs: Tensor) ->
     grid = (count, slices)
     scan_kernel[grid](logits, best, where, totals, **bounds, SLICE=SLICE)
     weigh_kernel[grid](
-        logits, best, settings, tally, masses, **bounds, **powers, **scale, num_warps=8
+        logits, best, settings, tally, masses, **bounds, **powers, **scale, num_warps=SLICE_WARPS
     )
     found = (keys, weights, ids)
     collect_kernel[grid](
-        logits, best, settings, tally, masses, *found, **bounds, **powers, **scale, num_warps=8
+        logits, best, settings, tally, masses, *found, **bounds, **powers, **scale, num_warps=SLICE_WARPS
     )
     choose_kernel[(count,)](
         logits, settings, best, where, totals, tally, masses, *found, tokens, logprobs, **bounds,
-        **powers, TILE=TILE, num_warps=8,
+        **powers, TILE=TILE, num_warps=WARPS,
     )  # fmt: skip

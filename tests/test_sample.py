@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from twins import DEVICE, GPU, poisoned, twin
 
+from whalepod.engine.request import Adjust, Sampling
+from whalepod.engine.sampler import sample as draw_rows
 from whalepod.kernels import sample_triton
 from whalepod.kernels.sample import sample
 
@@ -93,3 +95,16 @@ def test_no_rows_and_rows_alone() -> None:
     alone = twin(sample)(logits[-1:], chosen[-1:])
     assert int(alone[0]) == int(together[0][-1])
     assert float(alone[1]) == float(together[1][-1])
+
+
+@pytest.mark.skipif(not GPU, reason="the engine samples on the device on CUDA only")
+def test_the_engine_draws_the_tokens_of_the_cpu() -> None:
+    logits = 3 * torch.randn(6, 1000)
+    plain = [Sampling(0.0), Sampling(1.0, seed=3), Sampling(0.8, 0.91, 40, 5, 0.02)]
+    banned = Sampling(1.0, seed=4, adjust=Adjust(banned=(1, 2)))
+    settings, positions = [*plain, banned, *plain[:2]], [7, 8, 9, 10, 11, 12]
+    histories = [(1, (5, 6))] * 6
+    wanted = draw_rows(logits, settings, positions, histories)
+    made = draw_rows(logits.cuda(), settings, positions, histories)
+    assert [d.token for d in made] == [d.token for d in wanted]
+    assert [d.logprob for d in made] == pytest.approx([d.logprob for d in wanted], abs=1e-4)
