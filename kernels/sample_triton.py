@@ -264,7 +264,16 @@ def _some(logits: Tensor, settings: Tensor, tokens: Tensor, logprobs: Tensor) ->
     )
     found = (keys, weights, ids)
     collect_kernel[grid](
-        logits, best, settings, tally, masses, *found, **bounds, **powers, **scale, num_warps=SLICE_WARPS
+        logits,
+        best,
+        settings,
+        tally,
+        masses,
+        *found,
+        **bounds,
+        **powers,
+        **scale,
+        num_warps=SLICE_WARPS,
     )
     choose_kernel[(count,)](
         logits, settings, best, where, totals, tally, masses, *found, tokens, logprobs, **bounds,
