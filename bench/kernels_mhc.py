@@ -102,7 +102,7 @@ def mixing(sizes: Sequence[int], compiled: bool) -> Iterator[Row]:
             floor = (2 * C + 2) * stream + weights
             inputs, size = sets(make, floor), f"{model} M={t}"
             theirs = transformers_site(inputs[0][4], width)
-            fast = compiled and model == "flash" and t in (64, 4096)
+            fast = compiled and model == "flash" and t == 64
             yield compare(
                 "hc_post_pre", size, hc_post_pre, inputs, floor, {"transformers": theirs[1]},
                 compiled=fast,
@@ -279,11 +279,8 @@ def rows(
     sizes: Sequence[int] | None = None, only: Sequence[str] = (), compiled: bool = False
 ) -> list[Row]:
     """Measure; `sizes` replaces the token counts of every group."""
-    found = []
-    for name, (group, usual) in GROUPS.items():
-        if not only or name in only:
-            found += list(group(sizes or usual, compiled))
-    return found
+    wanted = [group for name, group in GROUPS.items() if not only or name in only]
+    return [row for group, usual in wanted for row in group(sizes or usual, compiled)]
 
 
 if __name__ == "__main__":
@@ -294,6 +291,11 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     torch.manual_seed(0)
     copy, matrix = copy_rate(), matrix_rate()
-    told = heading("python -m bench.kernels_mhc")
-    print(f"{told}, {torch.cuda.get_device_name()}, copy {copy / 1e9:.0f} GB/s")
-    print(table(rows(arguments.sizes, arguments.only, arguments.compiled), copy, matrix))
+    told = f"{heading('python -m bench.kernels_mhc')}, {torch.cuda.get_device_name()}"
+    print(f"{told}, copy {copy / 1e9:.0f} GB/s\n")
+    head, rule = table([], copy, matrix).splitlines()
+    print(head, rule, sep="\n")
+    for name, (group, usual) in GROUPS.items():
+        if not arguments.only or name in arguments.only:
+            for row in group(arguments.sizes or usual, arguments.compiled):
+                print(table([row], copy, matrix).splitlines()[2], flush=True)

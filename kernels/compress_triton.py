@@ -15,7 +15,7 @@ from torch import Tensor
 
 from whalepod.kernels.entries import Storage
 from whalepod.kernels.entries_triton import layout, put_rows
-from whalepod.kernels.jit import jit, tl, triton
+from whalepod.kernels.jit import FIXED, jit, tl, triton
 from whalepod.kernels.narrow import rounded
 from whalepod.kernels.rms_norm import normed
 from whalepod.kernels.rope import turned
@@ -184,6 +184,7 @@ def _shared(rows: Tensor, how: Pooling, storage: Storage, pairs: int, many: int)
         "EPS": how.eps,
         "PARTS": parts,
         "WINDOW_COLS": cols,
+        **FIXED,
         "num_warps": max(1, _WARPS * cols * slots // _TILE),
     }
 

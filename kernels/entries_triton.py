@@ -99,14 +99,16 @@ def put_rows(
     if ROUNDING == 1:
         inside = tl.where((d < PLAIN)[None, :], value, 0.0)
         exponent, scaled = _grid(inside, 448.0, 1e-4, ROWS, WIDTH, 64)
-        code = e4m3(scaled, CUTS)
-        value = tl.where(
-            (d < PLAIN)[None, :], _again(code.to(tl.float32), exponent, ROWS, WIDTH, 64), value
-        )
+        code = e4m3(scaled)
+        value = tl.where((d < PLAIN)[None, :], _again(code, exponent, ROWS, WIDTH, 64), value)
         if PAGED:
             g = tl.arange(0, WIDTH // 64)
             kept = live[:, None] & (d < PLAIN)[None, :]
-            tl.store(data + at[:, None] + d[None, :], code.to(tl.uint8, bitcast=True), mask=kept)
+            tl.store(
+                data + at[:, None] + d[None, :],
+                code.to(tl.float8e4nv).to(tl.uint8, bitcast=True),
+                mask=kept,
+            )
             kept = live[:, None] & ((d >= PLAIN) & (d < D))[None, :]
             tail = wide + (at // 2)[:, None] + (d - PLAIN + PLAIN // 2)[None, :]
             tl.store(tail, rounded(value, tl.bfloat16, CUTS), mask=kept)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from whalepod.kernels.jit import INTERPRETED, jit, runs, tl, triton
+from whalepod.kernels.jit import FIXED, INTERPRETED, jit, runs, tl, triton
 from whalepod.kernels.narrow import rounded
 from whalepod.kernels.registry import Kernel
 from whalepod.kernels.rms_norm import normed, rms_norm
@@ -58,6 +58,6 @@ def _query_heads(q_THD: Tensor, turns_TP: Tensor, eps: float) -> Tensor:
         _kernel[(tokens, triton.cdiv(heads, _HEADS))](
             q_THD, turns, out, heads, q_THD.stride(0), q_THD.stride(1), EPS=eps, D=size,
             PAIRS=turns.shape[1], CUTS=INTERPRETED, HEADS=_HEADS,
-            WIDTH=triton.next_power_of_2(size), num_warps=4,
+            WIDTH=triton.next_power_of_2(size), num_warps=4, **FIXED,
         )  # fmt: skip
     return out

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from whalepod.kernels.jit import INTERPRETED, jit, tl, triton
+from whalepod.kernels.jit import FIXED, INTERPRETED, jit, tl, triton
 from whalepod.kernels.narrow import rounded
 
 if TYPE_CHECKING:
@@ -62,10 +62,10 @@ def _times(acc, x, w, EXACT: tl.constexpr):
 def _spread(f, x0, x1, x2, x3, post, comb, t, live, K: tl.constexpr):
     """Stream K of `hc_post`, `[TOKENS, COLS]` fp32."""
     out = tl.load(post + t * 4 + K, mask=live, other=0.0)[:, None] * f
-    out += tl.load(comb + t * 16 + K, mask=live, other=0.0)[:, None] * x0
-    out += tl.load(comb + t * 16 + 4 + K, mask=live, other=0.0)[:, None] * x1
-    out += tl.load(comb + t * 16 + 8 + K, mask=live, other=0.0)[:, None] * x2
-    return out + tl.load(comb + t * 16 + 12 + K, mask=live, other=0.0)[:, None] * x3
+    out = tl.fma(tl.load(comb + t * 16 + K, mask=live, other=0.0)[:, None], x0, out)
+    out = tl.fma(tl.load(comb + t * 16 + 4 + K, mask=live, other=0.0)[:, None], x1, out)
+    out = tl.fma(tl.load(comb + t * 16 + 8 + K, mask=live, other=0.0)[:, None], x2, out)
+    return tl.fma(tl.load(comb + t * 16 + 12 + K, mask=live, other=0.0)[:, None], x3, out)
 
 
 @jit
@@ -202,9 +202,9 @@ def finish_kernel(
     shift = tl.load(base + n, mask=n < 4, other=0.0)
     gate = _logistic(total * rms * scale + shift) + EPS
     out = tl.sum(tl.where(n == 0, gate, 0.0)) * x0.to(tl.float32)
-    out += tl.sum(tl.where(n == 1, gate, 0.0)) * x1.to(tl.float32)
-    out += tl.sum(tl.where(n == 2, gate, 0.0)) * x2.to(tl.float32)
-    out += tl.sum(tl.where(n == 3, gate, 0.0)) * x3.to(tl.float32)
+    out = tl.fma(tl.sum(tl.where(n == 1, gate, 0.0)), x1.to(tl.float32), out)
+    out = tl.fma(tl.sum(tl.where(n == 2, gate, 0.0)), x2.to(tl.float32), out)
+    out = tl.fma(tl.sum(tl.where(n == 3, gate, 0.0)), x3.to(tl.float32), out)
     kind = y.dtype.element_ty
     if NORM:
         out = rounded(out, kind, CUTS).to(tl.float32)
@@ -225,7 +225,7 @@ def _mix(
         f, x, post, comb, out, fn, parts, tokens,
         D=width, N=0 if fn is None else fn.shape[0], SPLITS=splits, POST=f is not None,
         PROJECT=fn is not None, EXACT=INTERPRETED or x.dtype == torch.float32, CUTS=INTERPRETED,
-        TOKENS=TOKENS, COLS=COLS, REPEAT=repeat, SWAP=SWAP, num_warps=WARPS,
+        TOKENS=TOKENS, COLS=COLS, REPEAT=repeat, SWAP=SWAP, num_warps=WARPS, **FIXED,
     )  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def _run(
             parts.shape[0], sinks,
             D=width, SPLITS=splits, SLOTS=triton.next_power_of_2(splits), ITERS=site.iters,
             EPS=site.eps, RMS_EPS=site.rms_eps, NORM=norm is not None, CUTS=INTERPRETED,
-            TOKENS=SINKHORN, WIDTH=triton.next_power_of_2(width), num_warps=4,
+            TOKENS=SINKHORN, WIDTH=triton.next_power_of_2(width), num_warps=4, **FIXED,
         )  # fmt: skip
     return out, y, gates, mixed
 

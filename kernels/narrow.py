@@ -31,14 +31,17 @@ def power(exponent):
 
 
 @jit
-def e4m3(value, CUTS: tl.constexpr):
-    """Nearest E4M3 of fp32, ties to even, after a clamp to +-448."""
-    value = tl.minimum(tl.maximum(value, -448.0), 448.0)
-    if CUTS:  # put it on the grid first; what lies there converts exactly
-        exponent = tl.maximum((value.to(tl.int32, bitcast=True) >> 23) & 0xFF, 121)
-        magic = power(exponent + 20) * 1.5
-        value = tl.where(value < 0, -((magic - value) - magic), (magic + value) - magic)
-    return value.to(tl.float8e4nv)
+def e4m3(value):
+    """Nearest E4M3 value of fp32, ties to even, after a clamp to +-448; still fp32, so it converts exactly.
+
+    Adding a power of two whose last bit is the grid's step makes the sum round to it.
+    """
+    size = tl.minimum(tl.abs(value), 448.0)
+    exponent = tl.maximum(size.to(tl.int32, bitcast=True) >> 23, 121)
+    magic = power(exponent + 20) * 1.5
+    bits = ((magic + size) - magic).to(tl.int32, bitcast=True)
+    sign = value.to(tl.int32, bitcast=True) & -(2**31)
+    return (bits | sign).to(tl.float32, bitcast=True)
 
 
 @jit

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whalepod.kernels.jit import INTERPRETED, jit, runs, tl, triton
+from whalepod.kernels.jit import FIXED, INTERPRETED, jit, runs, tl, triton
 from whalepod.kernels.narrow import rounded
 from whalepod.kernels.registry import Kernel
 
@@ -68,6 +68,6 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         _kernel[(triton.cdiv(len(flat), rows),)](
             flat, weight, out, len(flat), flat.stride(0), EPS=eps, D=size, CUTS=INTERPRETED,
             WEIGHTED=weight is not None, ROWS=rows, WIDTH=width,
-            num_warps=8 if width > _TILE else 4,
+            num_warps=8 if width > _TILE else 4, **FIXED,
         )  # fmt: skip
     return out.view(x.shape)

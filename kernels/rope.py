@@ -46,5 +46,5 @@ def turned(
     inside = (pair >= 0) & (pair < PAIRS)
     cos = tl.load(turns + 2 * pair, mask=inside, other=1.0)[None, :]
     sin = tl.load(turns + 2 * pair + 1, mask=inside, other=0.0)[None, :]
-    both = tl.join(a * cos - b * sin, a * sin + b * cos)
+    both = tl.join(tl.fma(a, cos, -(b * sin)), tl.fma(a, sin, b * cos))
     return tl.reshape(both, (ROWS, WIDTH))

@@ -28,8 +28,8 @@ def sample(logits_NV: Tensor, settings_N5: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         tokens `[N]` int64, and their log-probabilities under the unmodified logits `[N]` fp32. The
-        Triton twin weighs candidates in whole steps of the best one's weight over 2**45 (V up to
-        131,072): it may choose a neighbour where the number falls on a border within that.
+        Triton twin adds weights as whole numbers, exactly, but takes them from exponentials in fp32:
+        it may choose a neighbour where the number falls within 1e-6 of a border between tokens.
     """
     rows = zip(logits_NV, settings_N5.tolist(), strict=True)
     drawn = [draw_row(row, *settings) for row, settings in rows]

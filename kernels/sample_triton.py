@@ -32,8 +32,12 @@ def _scaled(
     x = tl.load(logits + n * V + v, mask=v < V, other=float("-inf"))
     factor = 1.0 / tl.load(settings + n * 5)
     scaled, most = x.to(tl.float64) * factor, top.to(tl.float64) * factor
-    weight = (tl.exp(scaled - most) * BEST + 0.5).to(tl.int64)
-    below = (most - scaled).to(tl.float32)
+    exact = most - scaled
+    below = exact.to(tl.float32)
+    near = tl.exp(-below)  # then what the rounding of the argument left out
+    finite = tl.minimum(exact, 1e4)
+    near -= near * (finite - finite.to(tl.float32).to(tl.float64)).to(tl.float32)
+    weight = (near * BEST).to(tl.int64)
     bucket = (below >= 1.0).to(tl.int32) + (below >= 2.0).to(tl.int32)
     bucket += (below >= 3.5).to(tl.int32) + (below >= 5.0).to(tl.int32)
     bucket += (below >= 7.0).to(tl.int32) + (below >= 10.0).to(tl.int32)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from whalepod.kernels.entries import Rounding, Storage, put, round_entries
 from whalepod.kernels.entries_triton import flat, layout, put_rows
-from whalepod.kernels.jit import jit, runs, tl
+from whalepod.kernels.jit import FIXED, jit, runs, tl
 from whalepod.kernels.narrow import rounded
 from whalepod.kernels.registry import Kernel
 from whalepod.kernels.rms_norm import normed, rms_norm
@@ -101,6 +101,7 @@ def _window_rows(
         _kernel[(tokens,)](
             kv_TD, norm_D, turns, slots_N, positions_T, out, kv_TD.stride(0), count, W=window,
             EPS=eps, num_warps=1 if size <= 128 else 4,
+            **FIXED,
             **layout(None if rings is None else flat(rings), kv_TD.dtype, size, turns.shape[1], rounding),
         )  # fmt: skip
     return out
