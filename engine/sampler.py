@@ -15,7 +15,8 @@ from torch import Tensor
 
 from whalepod.engine.adjust import adjusted
 from whalepod.engine.request import Sampling
-from whalepod.kernels.draw import best_tokens, ranked
+from whalepod.kernels import sample as kernels
+from whalepod.kernels.draw import best_tokens
 
 _MASK = (1 << 64) - 1
 
@@ -57,6 +58,9 @@ def sample(
     Returns:
         one `Drawn` a row. Greedy ties go to the lowest id.
     """
+    plain = [i for i, s in enumerate(settings) if s.adjust is None]
+    if logits_NV.device.type == "cuda" and plain:
+        return _mostly_on_device(logits_NV, settings, positions, histories, plain)
     best_N, norm_N = best_tokens(logits_NV)
     greedy = best_N.tolist()
     tokens = []
@@ -75,24 +79,50 @@ def sample(
     return [Drawn(t, p) for t, p in zip(tokens, chosen.tolist(), strict=True)]
 
 
+def _mostly_on_device(
+    logits_NV: Tensor,
+    settings: Seq[Sampling],
+    positions: Seq[int],
+    histories: Seq[History | None] | None,
+    plain: list[int],
+) -> list[Drawn]:
+    """Draw the `plain` rows in one kernel; those that their history adjusts one by one."""
+    if len(plain) == len(settings):
+        return _on_device(logits_NV, settings, positions)
+    others = [i for i in range(len(settings)) if settings[i].adjust is not None]
+    some = _on_device(logits_NV[plain], [settings[i] for i in plain], [positions[i] for i in plain])
+    rest = sample(
+        logits_NV[others],
+        [settings[i] for i in others],
+        [positions[i] for i in others],
+        [histories[i] for i in others] if histories else None,
+    )
+    drawn = dict(zip([*plain, *others], [*some, *rest], strict=True))
+    return [drawn[i] for i in range(len(settings))]
+
+
+def _on_device(logits_NV: Tensor, settings: Seq[Sampling], positions: Seq[int]) -> list[Drawn]:
+    rows = [_numbers(s, p) for s, p in zip(settings, positions, strict=True)]
+    numbers = torch.tensor(rows, dtype=torch.float64).to(logits_NV.device)
+    tokens, logprobs = kernels.sample(logits_NV, numbers)
+    return [Drawn(t, p) for t, p in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
+
+
+def _numbers(settings: Sampling, position: int) -> tuple[float, float, float, float, float]:
+    """A row of `kernels.sample.sample`'s settings."""
+    least = math.log(settings.min_p) if settings.min_p else float("-inf")
+    return (
+        settings.temperature,
+        settings.top_k,
+        settings.top_p,
+        least,
+        uniform(settings.seed, position),
+    )
+
+
 def draw(logits_V: Tensor, settings: Sampling, position: int) -> int:
     """Draw from one row: temperature, then min-p, top-k, top-p, then inverse transform.
 
     Candidates are taken in the order of (-logit, id), in fp64, so equal logits give equal tokens.
     """
-    ids = ranked(logits_V)
-    ordered = logits_V[ids].double() / settings.temperature
-    if settings.min_p:
-        # Probabilities of at least min_p times the best one's; the best is always among them.
-        keep = int((ordered >= ordered[0] + math.log(settings.min_p)).sum())
-        ordered, ids = ordered[:keep], ids[:keep]
-    if settings.top_k:
-        ordered, ids = ordered[: settings.top_k], ids[: settings.top_k]
-    cumulative = torch.softmax(ordered, dim=0).cumsum(0)
-    if settings.top_p < 1:
-        # Keep the smallest head whose mass reaches top_p; it always holds the best candidate.
-        keep = int((cumulative < settings.top_p).sum()) + 1
-        cumulative = cumulative[:keep]
-    target = uniform(settings.seed, position) * cumulative[-1].item()
-    place = int(torch.searchsorted(cumulative, target, right=True))
-    return int(ids[min(place, len(cumulative) - 1)])
+    return kernels.draw_row(logits_V, *_numbers(settings, position))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from whalepod.kernels.registry import Kernel
-from whalepod.kernels.rotary import rotate_
+from whalepod.kernels.rope import rotate_
 from whalepod.kernels.sink_attention import sink_attention
 
 

@@ -13,8 +13,8 @@ KIND is what a block's step does:
 
 from __future__ import annotations
 
-from whalepod.kernels.fp4_experts_triton import rounded
 from whalepod.kernels.jit import jit, tl
+from whalepod.kernels.narrow import rounded
 from whalepod.kernels.overlap import begin
 
 

@@ -9,6 +9,7 @@ are: a row's bits do not depend on them.
 from __future__ import annotations
 
 from whalepod.kernels.jit import jit, tl
+from whalepod.kernels.narrow import rounded
 from whalepod.kernels.overlap import begin
 
 
@@ -71,16 +72,6 @@ def decode_words(words, scales, EXACT: tl.constexpr):
             pack=2,
         )
     return a, b, c, d
-
-
-@jit
-def rounded(value, kind: tl.constexpr, CUTS: tl.constexpr):
-    """fp32 to `kind`, to the nearest; Triton's interpreter cuts a bf16 off instead (CUTS)."""
-    if CUTS and kind == tl.bfloat16:
-        bits = value.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        value = bits.to(tl.float32, bitcast=True)
-    return value.to(kind)
 
 
 @jit

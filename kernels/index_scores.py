@@ -35,7 +35,8 @@ def unpack_keys(pages: Tensor, per: int, kind: KeyFormat) -> Tensor:
         return scaled
     codes = torch.stack([body & 15, body >> 4], dim=-1).flatten(1).long()
     values = torch.tensor([*_FP4, *(-v for v in _FP4)], device=pages.device)[codes]
-    return (values.unflatten(1, (4, 32)) * torch.exp2(tail.float() - 127).unsqueeze(-1)).flatten(1)
+    wide = values.unflatten(1, (4, 32)) * torch.exp2(tail.float() - 127).unsqueeze(-1)
+    return wide.flatten(1)
 
 
 @Kernel

@@ -20,7 +20,11 @@ except ImportError:  # pragma: no cover - the references are always there
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-__all__ = ["INTERPRETED", "jit", "on_hopper", "runs", "tl", "triton"]
+# Launch option: leave products and sums as they are written. Which of them a compiler fuses differs
+# between variants of a kernel, and with it the last bit; where it pays kernels say `tl.fma`.
+FIXED = {"enable_fp_fusion": False}
+
+__all__ = ["FIXED", "INTERPRETED", "jit", "on_hopper", "runs", "tl", "triton"]
 
 
 def jit(function: Callable[..., Any]) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from whalepod.kernels.attend import Rows
 from whalepod.kernels.registry import Kernel
 from whalepod.kernels.rms_norm import rms_norm
-from whalepod.kernels.rotary import rotate_
+from whalepod.kernels.rope import rotate_
 
 
 def pooled(window: Tensor, starts: Tensor | None, dim: int) -> Tensor:

@@ -8,30 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from whalepod.kernels.jit import FIXED, INTERPRETED, jit, runs, tl, triton
+from whalepod.kernels.narrow import rounded
 from whalepod.kernels.registry import Kernel
-from whalepod.kernels.rms_norm import rms_norm
+from whalepod.kernels.rms_norm import normed, rms_norm
+from whalepod.kernels.rope import rotate_, turned
 
-
-def rotate_(x: Tensor, turns_TP: Tensor, *, inverse: bool = False) -> Tensor:
-    """Rotate the last `rd` dims of `x` in place; returns `x`.
-
-    Args:
-        x: `[T, D]` or `[T, heads, D]`, fp32 or bf16.
-        turns_TP: `[T, rd/2]` complex64, `exp(i * position * frequency)`.
-        inverse: rotate by the negative angle (attention output).
-    """
-    pairs = turns_TP.shape[-1]
-    if x.ndim == 3:
-        turns_TP = turns_TP.unsqueeze(1)
-    if inverse:
-        turns_TP = turns_TP.conj()
-    tail = x[..., x.shape[-1] - 2 * pairs :]
-    if x.dtype == torch.float32:
-        torch.view_as_complex(tail.unflatten(-1, (pairs, 2))).mul_(turns_TP)
-    else:
-        wide = torch.view_as_complex(tail.float().unflatten(-1, (pairs, 2))) * turns_TP
-        tail.copy_(torch.view_as_real(wide).flatten(-2))
-    return x
+_HEADS = 8
 
 
 @Kernel
@@ -47,5 +30,40 @@ def norm_rotate(x_THD: Tensor, weight_D: Tensor | None, turns_TP: Tensor, eps: f
     Returns:
         `[T, H, D]` in the dtype of `x_THD`.
     """
-    x = x_THD.clone() if eps < 0 else rms_norm(x_THD, weight_D, eps)
+    x = x_THD.clone() if eps < 0 else rms_norm.reference(x_THD, weight_D, eps)
     return rotate_(x, turns_TP)
+
+
+@jit
+def _kernel(
+    x, weight, turns, out, H, stride_t, stride_h, EPS: tl.constexpr, D: tl.constexpr,
+    PAIRS: tl.constexpr, CUTS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    h, d = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, WIDTH)
+    kept = (h < H)[:, None] & (d < D)[None, :]
+    at = x + t * stride_t + h[:, None] * stride_h + d[None, :]
+    value = tl.load(at, mask=kept, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
+    if EPS >= 0:
+        value = normed(value, D, EPS)
+        if weight is not None:
+            value = value * tl.load(weight + d, mask=d < D, other=0.0)[None, :]
+        value = rounded(value, kind, CUTS).to(tl.float32)
+    value = turned(value, turns + t * (2 * PAIRS), D, PAIRS, HEADS, WIDTH)
+    tl.store(out + (t * H + h[:, None]) * D + d[None, :], rounded(value, kind, CUTS), mask=kept)
+
+
+@norm_rotate.twin("triton", runs)
+def _norm_rotate(x_THD: Tensor, weight_D: Tensor | None, turns_TP: Tensor, eps: float) -> Tensor:
+    tokens, heads, size = x_THD.shape
+    x = x_THD if x_THD.stride(-1) == 1 else x_THD.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    turns = torch.view_as_real(turns_TP).contiguous()
+    if tokens:
+        _kernel[(tokens, triton.cdiv(heads, _HEADS))](
+            x, weight_D, turns, out, heads, x.stride(0), x.stride(1), EPS=eps, D=size,
+            PAIRS=turns.shape[1], CUTS=INTERPRETED, HEADS=_HEADS,
+            WIDTH=triton.next_power_of_2(size), num_warps=4, **FIXED,
+        )  # fmt: skip
+    return out

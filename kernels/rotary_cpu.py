@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.compiled import compiled, entry, runs
-from whalepod.kernels.hyper_cpu import mean_square
+from whalepod.kernels.hyper_connection_cpu import mean_square
 from whalepod.kernels.linear_cpu import plain
 from whalepod.kernels.rms_norm import rms_norm
 from whalepod.kernels.rotary import norm_rotate

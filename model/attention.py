@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from whalepod.kernels.attend import attend, keep_rows
+from whalepod.kernels.entries import Rounding
 from whalepod.kernels.linear import grouped_linear, linear
 from whalepod.kernels.rms_norm import rms_norm
 from whalepod.kernels.rotary import norm_rotate
 from whalepod.kernels.select import select
 from whalepod.kernels.sink_attention import sink_attention
+from whalepod.kernels.window import window_rows
 from whalepod.model.batch import Batch, Span
 from whalepod.model.cache import LayerCache
 from whalepod.model.compressor import Compressor
@@ -45,6 +47,7 @@ class Attention:
     ) -> None:
         self.config, self.freqs, self.fidelity, self.dtype = config, freqs, fidelity, dtype
         self.ratio, self.kind = config.ratio(layer), config.kind(layer)
+        self.rounding: Rounding = "kv" if fidelity.released else "none"
         w = {n.removeprefix(f"{prefix}."): t for n, t in weights.items() if n.startswith(prefix)}
         self.q_norm, self.kv_norm, self.sink_H = (
             w["q_norm.weight"],
@@ -60,7 +63,7 @@ class Attention:
         self.w_up, raw = w["wq_b.weight"], []
         if self.kind != "swa":
             self.compressor = Compressor(
-                config, layer, config.head_dim, w, "compressor", freqs, dtype, self._round_kv
+                config, layer, config.head_dim, w, "compressor", freqs, dtype, self.rounding
             )
             raw.append(self.compressor.weight)
         if self.kind == "csa":
@@ -94,11 +97,11 @@ class Attention:
         turns = batch.turns(self.freqs)
         if self.exact and attend.has_twin(x_TD.device.type):
             return self._project(self._rowwise(x_TD, low, kv, turns, batch, cache))
-        kv = self._round_kv(rotate_(rms_norm(kv, self.kv_norm, config.rms_norm_eps), turns))
+        kv = window_rows(kv, self.kv_norm, turns, config.rms_norm_eps, self.rounding)
         up = linear(low, self.w_up)
         width = config.num_attention_heads * config.head_dim
         q = up[:, :width].unflatten(-1, (config.num_attention_heads, config.head_dim))
-        q = rotate_(rms_norm(q, None, config.rms_norm_eps), turns)
+        q = norm_rotate(q, None, turns, config.rms_norm_eps)
         picked = self._compress(x_TD, up[:, width:], batch, cache)
         out = torch.empty_like(q)
         if batch.decoding:
@@ -142,9 +145,6 @@ class Attention:
         for span in batch.chunks:
             batch.write_later(span.slot, cache.window, batch.positions_T[span.rows], kv[span.rows])
         return out
-
-    def _round_kv(self, x: Tensor) -> Tensor:
-        return self.fidelity.kv(x, self.config.qk_rope_head_dim)
 
     def _compress(
         self, x_TD: Tensor, up: Tensor, batch: Batch, cache: LayerCache

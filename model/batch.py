@@ -11,7 +11,7 @@ Entry w of a layer with ratio r lies in block `w // per` of its sequence's table
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -59,16 +59,10 @@ class DecodeView:
     """What all layers of one ratio share for the decoding rows.
 
     `entries_DE` are flat pool rows of every visible entry, `seen_DE` masks the padding.
-    `closing` lists the decoding sequences whose window closes with this token and
-    `closing_rows` the pool row of the entry it makes; `closing_positions` its rotary position.
     """
 
     entries_DE: Tensor
     seen_DE: Tensor
-    closing: Tensor
-    closing_rows: Tensor
-    closing_positions: Tensor
-    phase_D: Tensor
 
 
 @dataclass(slots=True)
@@ -87,10 +81,11 @@ class Batch:
     _views: dict[int, DecodeView] = field(init=False, default_factory=dict)
     _turns: dict[int, Tensor] = field(init=False, default_factory=dict)
     _tables: dict[tuple[int, int], Tensor] = field(init=False, default_factory=dict)
+    _window_turns: dict[tuple[int, int], Tensor] = field(init=False, default_factory=dict)
+    _blocks: Tensor | None = field(init=False, default=None)
     _writes: dict[int, list[Write]] = field(init=False, default_factory=dict)
     _layout: Layout | None = field(init=False, default=None)
     _entries: dict[int, tuple[Listed, Tensor, bool]] = field(init=False, default_factory=dict)
-    _window_turns: dict[tuple[int, int], Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Count the decoding spans, which must come first."""
@@ -154,13 +149,20 @@ class Batch:
         return found
 
     def window_turns(self, freqs: Tensor, ratio: int) -> Tensor:
-        """Rotations of the first position of the window that each row ends, `[T, P]`."""
+        """Rotations of the first position of each row's window, `[T, P]`."""
         key = (id(freqs), ratio)
         found = self._window_turns.get(key)
         if found is None:
-            first_T = (self.positions_T - ratio + 1).clamp_min(0)
-            found = self._window_turns[key] = turns(first_T, freqs)
+            found = self._window_turns[key] = turns(self.positions_T // ratio * ratio, freqs)
         return found
+
+    @property
+    def blocks_D(self) -> Tensor:
+        """The block that each decoding row's position belongs to, `[D]`."""
+        if self._blocks is None:
+            found = [s.blocks[s.start // self.block_tokens] for s in self.decoders]
+            self._blocks = torch.tensor(found, dtype=torch.int64).to(self.ids_T.device)
+        return self._blocks
 
     def decode_view(self, ratio: int) -> DecodeView:
         """Index tensors of the decoding rows for layers of `ratio`, computed once per pass."""
@@ -229,18 +231,7 @@ class Batch:
             dtype=torch.int64,
         ).view(len(spans), width)
         rows = (table.unsqueeze(-1) * per + torch.arange(per)).flatten(1)[:, :most]
-        closing = [d for d, s in enumerate(spans) if (s.start + 1) % ratio == 0]
-        made = [(spans[d], spans[d].start // ratio) for d in closing]
-        to = _on(device)
         return DecodeView(
             entries_DE=rows.to(device),
             seen_DE=(torch.arange(most) < torch.tensor(seen).unsqueeze(-1)).to(device),
-            closing=to(closing),
-            closing_rows=to([s.blocks[w // per] * per + w % per for s, w in made]),
-            closing_positions=to([w * ratio for _, w in made]),
-            phase_D=to([s.start % ratio for s in spans]),
         )
-
-
-def _on(device: torch.device) -> Callable[[list[int]], Tensor]:
-    return lambda values: torch.tensor(values, dtype=torch.int64).to(device)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whalepod.kernels.hyper import hyper_post
+from whalepod.kernels.hyper_connection import hc_post
 from whalepod.model.attention import Attention
 from whalepod.model.batch import Batch
 from whalepod.model.cache import LayerCache
@@ -58,8 +58,7 @@ class Block:
         """Run up to the experts' input: `half.ffn_in_TD` is what travels."""
         a_TD, post, comb = self.hc_attn.pre(x_TCD, self.attn_norm)
         a_TD = self.attention(a_TD, batch, cache)
-        x_TCD = hyper_post(a_TD, x_TCD, post, comb)
-        f_TD, post, comb = self.hc_ffn.pre(x_TCD, self.ffn_norm)
+        x_TCD, f_TD, post, comb = self.hc_ffn.post_pre(a_TD, x_TCD, post, comb, self.ffn_norm)
         return Half(x_TCD, post, comb, f_TD)
 
     def share(self, half: Half) -> Tensor:
@@ -68,4 +67,4 @@ class Block:
 
     def after(self, half: Half, routed_TD: Tensor, shared_TD: Tensor) -> Tensor:
         """Add what the routed experts sent back (fp32) and close the layer."""
-        return hyper_post(routed_TD, half.x_TCD, half.post_TC, half.comb_TCC, shared_TD)
+        return hc_post(routed_TD, half.x_TCD, half.post_TC, half.comb_TCC, shared_TD)

@@ -52,7 +52,7 @@ class Indexer:
             f"{prefix}.compressor",
             freqs,
             dtype,
-            fidelity.index,
+            "index" if fidelity.released else "none",
         )
 
     def query(self, q: Tensor, batch: Batch) -> Tensor:

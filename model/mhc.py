@@ -10,11 +10,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from whalepod.kernels.hyper import hyper_head, hyper_post, hyper_pre
+from whalepod.kernels import hyper_connection as kernels
+from whalepod.kernels.hyper_connection import Site, hc_post
 from whalepod.kernels.sinkhorn import sinkhorn
 from whalepod.model.shape import ModelConfig
 
 __all__ = ["HyperConnection", "HyperHead", "hc_post", "hc_pre", "sinkhorn"]
+
+
+def _site(fn: Tensor, base: Tensor, scales: Tensor, config: ModelConfig) -> Site:
+    return Site(fn, base, scales, config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps)
+
+
+def _spread(scale: Tensor, streams: int) -> Tensor:
+    """Repeat the three scales over the outputs they belong to."""
+    sizes = torch.tensor([streams, streams, streams * streams], device=scale.device)
+    return scale.repeat_interleave(sizes)
 
 
 def hc_pre(
@@ -32,59 +43,39 @@ def hc_pre(
     Returns:
         y `[T, D]` in the dtype of `x_TCD`; post `[T, C]` and comb `[T, C, C]` fp32.
     """
-    streams = config.hc_mult
-    sizes = torch.tensor([streams, streams, streams * streams], device=scale.device)
-    return _pre(x_TCD, fn, base, scale.repeat_interleave(sizes), None, config)
-
-
-def _pre(
-    x_TCD: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scales: Tensor,
-    norm_D: Tensor | None,
-    config: ModelConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`hc_pre` with the three scales already spread over the outputs, and the block's norm."""
-    return hyper_pre(
-        *(x_TCD, fn, base, scales, norm_D),
-        *(config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps),
-    )
-
-
-def hc_post(f_TD: Tensor, x_TCD: Tensor, post_TC: Tensor, comb_TCC: Tensor) -> Tensor:
-    """Spread a block's output over the streams: `X'[k] = post[k] F + sum_j comb[j, k] X[j]`.
-
-    Returns:
-        `[T, C, D]` in the dtype of `x_TCD`. The sum runs over the first index of `comb_TCC`.
-    """
-    return hyper_post(f_TD, x_TCD, post_TC, comb_TCC)
+    return kernels.hc_pre(x_TCD, _site(fn, base, _spread(scale, config.hc_mult), config))
 
 
 class HyperConnection:
     """One site's parameters (`hc_attn_*` or `hc_ffn_*` of a layer)."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], prefix: str) -> None:
-        self.config = config
-        self.fn, self.base, scale = (weights[f"{prefix}_{p}"] for p in ("fn", "base", "scale"))
-        streams = config.hc_mult
-        sizes = torch.tensor([streams, streams, streams * streams], device=scale.device)
-        self.scales = scale.repeat_interleave(sizes)
+        fn, base, scale = (weights[f"{prefix}_{p}"] for p in ("fn", "base", "scale"))
+        self.site = _site(fn, base, _spread(scale, config.hc_mult), config)
 
     def pre(self, x_TCD: Tensor, norm_D: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """See `hc_pre`; with `norm_D` the block's input is normalised with that weight."""
-        return _pre(x_TCD, self.fn, self.base, self.scales, norm_D, self.config)
+        """See `hc_pre`; y is normalised with the weight `norm_D` if there is one."""
+        return kernels.hc_pre(x_TCD, self.site, norm_D)
+
+    def post_pre(
+        self,
+        f_TD: Tensor,
+        x_TCD: Tensor,
+        post_TC: Tensor,
+        comb_TCC: Tensor,
+        norm_D: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`hc_post` of the block before, then `pre`; returns the new streams first."""
+        return kernels.hc_post_pre(f_TD, x_TCD, post_TC, comb_TCC, self.site, norm_D)
 
 
 class HyperHead:
     """Collapse the streams for the last time (`hc_head_*`): no Sinkhorn, no factor 2."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], prefix: str) -> None:
-        self.config = config
-        self.fn, self.base, self.scale = (weights[f"{prefix}_{p}"] for p in ("fn", "base", "scale"))
+        fn, base, scale = (weights[f"{prefix}_{p}"] for p in ("fn", "base", "scale"))
+        self.site = _site(fn, base, scale.expand(config.hc_mult).contiguous(), config)
 
-    def __call__(self, x_TCD: Tensor) -> Tensor:
-        """`[T, C, D]` -> `[T, D]` in the same dtype."""
-        config = self.config
-        eps, norm_eps = config.hc_eps, config.rms_norm_eps
-        return hyper_head(x_TCD, self.fn, self.base, self.scale, eps, norm_eps)
+    def __call__(self, x_TCD: Tensor, norm_D: Tensor | None = None) -> Tensor:
+        """`[T, C, D]` -> `[T, D]` in the same dtype, normalised with `norm_D` if given."""
+        return kernels.hc_head(x_TCD, self.site, norm_D)

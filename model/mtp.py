@@ -66,4 +66,4 @@ class MTP:
 
     def collapse(self, z_TCD: Tensor) -> Tensor:
         """Streams after the block -> the LM head's input, `[T, D]`."""
-        return rms_norm(self.head(z_TCD), self.norm, self.eps)
+        return self.head(z_TCD, self.norm)

@@ -10,10 +10,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FP8_MAX, FP4_MAX = 448.0, 6.0
-FP8_BLOCK, FP4_GROUP = 128, 32
-_FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_FP4_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+from whalepod.kernels.quantise import (
+    FP4_GROUP,
+    FP4_MAX,
+    FP4_VALUES,
+    FP8_MAX,
+    fake_fp4,
+    fake_fp8,
+    fp4_codes,
+    power_of_two_above,
+)
+
+__all__ = [
+    "FP4_GROUP",
+    "FP4_MAX",
+    "FP8_BLOCK",
+    "FP8_MAX",
+    "decode_e8m0",
+    "decode_fp4",
+    "decode_fp8",
+    "encode_e8m0",
+    "encode_fp4",
+    "encode_fp8",
+    "fake_fp4",
+    "fake_fp8",
+    "power_of_two_above",
+]
+
+FP8_BLOCK = 128
 
 
 def decode_e8m0(scale: Tensor) -> Tensor:
@@ -46,19 +70,11 @@ def decode_fp4(packed: Tensor, scale: Tensor) -> Tensor:
     The low nibble is the even column.
     """
     codes = packed.view(torch.uint8)
-    values = torch.tensor([*_FP4_VALUES, *(-v for v in _FP4_VALUES)], device=packed.device)
+    values = torch.tensor([*FP4_VALUES, *(-v for v in FP4_VALUES)], device=packed.device)
     both = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).long()
     groups = values[both].unflatten(1, (-1, FP4_GROUP))
     value: Tensor = (groups * decode_e8m0(scale).unsqueeze(-1)).flatten(1)
     return value
-
-
-def power_of_two_above(x: Tensor) -> Tensor:
-    """Smallest power of two that is at least `x` (> 0), fp32, from the bits: exact powers stay."""
-    bits = x.float().contiguous().view(torch.int32)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
-    found: Tensor = (exponent << 23).view(torch.float32)
-    return found
 
 
 def encode_e8m0(scale: Tensor) -> Tensor:
@@ -79,46 +95,12 @@ def encode_fp8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(torch.float8_e4m3fn), encode_e8m0(scale[:, 0, :, 0])
 
 
-def _fp4_codes(scaled: Tensor) -> Tensor:
-    """Nearest E2M1 magnitude codes of `|x| <= 6`, ties to the even code."""
-    magnitude = scaled.abs()
-    midpoints = torch.tensor(_FP4_MIDPOINTS, device=scaled.device)
-    codes = torch.bucketize(magnitude, midpoints)  # a tie lands on the lower code ...
-    tie = magnitude == midpoints[codes.clamp(max=6)]
-    return codes + (tie & (codes % 2 == 1)).long()  # ... and moves up when that one is odd
-
-
 def encode_fp4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Round a matrix to packed E2M1 with one power-of-two scale per row and 32 columns."""
     groups = weight_NK.float().unflatten(1, (-1, FP4_GROUP))
     amax = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30)
     scale = power_of_two_above(amax / FP4_MAX)
     scaled = (groups / scale).clamp(-FP4_MAX, FP4_MAX)
-    codes = (_fp4_codes(scaled) + 8 * (scaled < 0)).to(torch.uint8).flatten(1)
+    codes = (fp4_codes(scaled) + 8 * (scaled < 0)).to(torch.uint8).flatten(1)
     packed = codes[:, 0::2] | (codes[:, 1::2] << 4)
     return packed.view(torch.int8), encode_e8m0(scale.squeeze(-1))
-
-
-def fake_fp8(x: Tensor, block: int) -> Tensor:
-    """Round activations to E4M3 in blocks of the last dim and back; the dtype is kept.
-
-    Scale: `2 ** ceil(log2(max(amax, 1e-4) / 448))`, formed as `amax * fp32(1/448)`.
-    A last dim that is no multiple of `block` has one shorter block at its end.
-    """
-    size = x.shape[-1]
-    groups = F.pad(x.float(), (0, -size % block)).unflatten(-1, (-1, block))
-    amax = groups.abs().amax(-1, keepdim=True).clamp_min(1e-4)
-    scale = power_of_two_above(amax * (1.0 / FP8_MAX))
-    codes = (groups / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    rounded: Tensor = (codes.float() * scale).flatten(-2)[..., :size].to(x.dtype)
-    return rounded
-
-
-def fake_fp4(x: Tensor, block: int = FP4_GROUP) -> Tensor:
-    """Round activations to E2M1 in blocks of the last dim and back; the dtype is kept."""
-    groups = x.float().unflatten(-1, (-1, block))
-    amax = groups.abs().amax(-1, keepdim=True).clamp_min(FP4_MAX * 2.0**-126)
-    scale = power_of_two_above(amax * (1.0 / FP4_MAX))
-    scaled = (groups / scale).clamp(-FP4_MAX, FP4_MAX)
-    values = torch.tensor(_FP4_VALUES, device=x.device)[_fp4_codes(scaled)]
-    return (torch.copysign(values, scaled) * scale).flatten(-2).to(x.dtype)

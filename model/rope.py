@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from whalepod.kernels.rotary import rotate_
+from whalepod.kernels.rope import rotate_
 from whalepod.model.shape import ModelConfig
 
 __all__ = ["frequencies", "rotate_", "turns"]

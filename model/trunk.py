@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from whalepod.kernels.linear import linear
-from whalepod.kernels.rms_norm import rms_norm
 from whalepod.model.mhc import HyperHead
 from whalepod.model.shape import ModelConfig
 
@@ -24,12 +23,11 @@ class Head:
     """`hc_head`, final norm and LM head; the product is fp32."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
-        self.eps = config.rms_norm_eps
         self.collapse = HyperHead(config, weights, "hc_head")
         self.norm = weights["norm.weight"]
         self.weight_VD = weights["head.weight"].float()
 
     def __call__(self, x_TCD: Tensor) -> Tensor:
         """Streams after the last layer -> logits `[T, V]` fp32."""
-        y_TD = rms_norm(self.collapse(x_TCD), self.norm, self.eps)
+        y_TD = self.collapse(x_TCD, self.norm)
         return linear(y_TD.float(), self.weight_VD)

@@ -21,7 +21,7 @@ from whalepod.kernels.choose import choose_entries
 from whalepod.kernels.combine import combine
 from whalepod.kernels.draw import best_tokens, ranked
 from whalepod.kernels.experts import run_pairs
-from whalepod.kernels.hyper import hyper_head, hyper_post, hyper_pre
+from whalepod.kernels.hyper_connection import Site, hc_head, hc_post, hc_post_pre, hc_pre
 from whalepod.kernels.linear import grouped_linear, linear
 from whalepod.kernels.pool import pool_entries
 from whalepod.kernels.registry import Kernel
@@ -70,11 +70,12 @@ OPERATIONS = (
         choose_experts,
         combine,
         grouped_linear,
-        hyper_head,
-        hyper_post,
+        hc_head,
+        hc_post,
+        hc_post_pre,
     ),
     *(
-        hyper_pre,
+        hc_pre,
         keep_rows,
         linear,
         norm_rotate,
@@ -168,14 +169,17 @@ def test_collapsing_the_streams(width: int, normed: bool) -> None:
     fn, base, scales = random(24, 4 * width) / 6, random(24, seed=2), random(24, seed=3)
     norm = random(width, seed=4) if normed else None
     x = random(13, 4, width, seed=1)
-    check(hyper_pre, [x], [fn, base, scales, norm, 20, 1e-6, 1e-6], 1e-4)
+    site = Site(fn, base, scales, 20, 1e-6, 1e-6)
+    check(hc_pre, [x], [site, norm], 1e-4)
+    rows = [random(13, width, seed=5), x, random(13, 4, seed=6), random(13, 4, 4, seed=7)]
+    check(hc_post_pre, rows, [site, norm], 1e-4)
 
 
 @pytest.mark.parametrize("more", [True, False])
 def test_spreading_a_blocks_output(more: bool) -> None:
     rows = [random(13, 48), random(13, 4, 48, seed=1), random(13, 4, seed=2)]
     rows += [random(13, 4, 4, seed=3), random(13, 48, seed=4) if more else None]
-    check(hyper_post, rows, [])
+    check(hc_post, rows, [])
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -381,8 +385,9 @@ def test_rank_of_tokens() -> None:
 
 
 def test_the_last_collapse() -> None:
-    fn, base, scale = random(4, 192) / 6, random(4, seed=1), torch.tensor([1.7])
-    check(hyper_head, [random(9, 4, 48, seed=2)], [fn, base, scale, 1e-6, 1e-6], 1e-4)
+    site = Site(random(4, 192) / 6, random(4, seed=1), torch.full((4,), 1.7), 1, 1e-6, 1e-6)
+    for norm in (None, random(48, seed=3)):
+        check(hc_head, [random(9, 4, 48, seed=2)], [site, norm], 1e-4)
 
 
 @pytest.mark.parametrize(("start", "count"), [(0, 1), (13, 5), (16, 16), (7, 16), (3, 0)])

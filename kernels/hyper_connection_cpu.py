@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.compiled import compiled, entry, runs
-from whalepod.kernels.hyper import hyper_head, hyper_post, hyper_pre
+from whalepod.kernels.hyper_connection import Site, hc_head, hc_post, hc_post_pre, hc_pre
 from whalepod.kernels.linear_cpu import multiply, packed, plain
+from whalepod.kernels.rms_norm import rms_norm
 from whalepod.kernels.simd import (
     LANES,
     add,
@@ -91,34 +92,29 @@ def _pre(x, fn, size, base, scales, norm, iters, eps, norm_eps, rows, width, mix
                 store(y_t + d, mul(mul(load(y_t + d), scale), load(norm + d)))
 
 
-@hyper_pre.twin("compiled", runs)
-def _hyper_pre(
-    x_TCD: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scales: Tensor,
-    norm_D: Tensor | None,
-    iters: int,
-    eps: float,
-    norm_eps: float,
+@hc_pre.twin("compiled", runs)
+def _hc_pre(
+    x_TCD: Tensor, site: Site, norm_D: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    fn, base, scales = site.fn, site.base, site.scales
     rows, streams, width = x_TCD.shape
     wanted = (x_TCD, fn, base, scales) if norm_D is None else (x_TCD, fn, base, scales, norm_D)
     if streams != _STREAMS or width % LANES or not plain(*wanted):
-        return hyper_pre.reference(x_TCD, fn, base, scales, norm_D, iters, eps, norm_eps)
+        return hc_pre.reference(x_TCD, site, norm_D)
     x, w = x_TCD.contiguous(), packed(fn)
     mixes = torch.empty(rows, _MIXES)
     y, post, comb = torch.empty(rows, width), torch.empty(rows, 4), torch.empty(rows, 4, 4)
     _pre(
         *(x.data_ptr(), w.address, w.size, base.data_ptr(), scales.data_ptr()),
-        *(0 if norm_D is None else norm_D.data_ptr(), iters, eps, norm_eps, rows, width),
+        *(0 if norm_D is None else norm_D.data_ptr(), site.iters, site.eps, site.rms_eps),
+        *(rows, width),
         *(mixes.data_ptr(), y.data_ptr(), post.data_ptr(), comb.data_ptr()),
     )
     return y, post, comb
 
 
-@entry("factor", "eps", "norm_eps")
-def _head(x, fn, size, base, factor, eps, norm_eps, rows, width, mixes, y):
+@entry("eps", "norm_eps")
+def _head(x, fn, size, base, scales, eps, norm_eps, rows, width, mixes, y):
     """`mixes` has room for 16 numbers beyond those of the rows."""
     streams = _STREAMS * width
     multiply(x, streams * 4, fn, size, streams, mixes, _STREAMS * 4, rows, _STREAMS)
@@ -127,7 +123,7 @@ def _head(x, fn, size, base, factor, eps, norm_eps, rows, width, mixes, y):
         x_t, y_t = x + t * streams * 4, y + t * width * 4
         scale = _ONE / np.sqrt(mean_square(x_t, streams) + np.float32(norm_eps))
         for k in range(_STREAMS):
-            mix = get(mixes + (t * _STREAMS + k) * 4) * scale * np.float32(factor)
+            mix = get(mixes + (t * _STREAMS + k) * 4) * scale * get(scales + k * 4)
             put(room + k * 4, mix + get(base + k * 4))
         store(room, add(div(one, add(one, exp(sub(splat(_ZERO), load(room))))), small))
         p0, p1, p2, p3 = (
@@ -143,20 +139,19 @@ def _head(x, fn, size, base, factor, eps, norm_eps, rows, width, mixes, y):
             store(y_t + d, fma(p3, load(x_t + width * 12 + d), s))
 
 
-@hyper_head.twin("compiled", runs)
-def _hyper_head(
-    x_TCD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
-) -> Tensor:
+@hc_head.twin("compiled", runs)
+def _hc_head(x_TCD: Tensor, site: Site, norm_D: Tensor | None = None) -> Tensor:
+    fn, base, scales = site.fn, site.base, site.scales
     rows, streams, width = x_TCD.shape
-    if streams != _STREAMS or width % LANES or not plain(x_TCD, fn, base, scale):
-        return hyper_head.reference(x_TCD, fn, base, scale, eps, norm_eps)
+    if streams != _STREAMS or width % LANES or not plain(x_TCD, fn, base, scales):
+        return hc_head.reference(x_TCD, site, norm_D)
     x, w = x_TCD.contiguous(), packed(fn)
     mixes, y = torch.zeros(rows * _STREAMS + LANES), torch.empty(rows, width)
     _head(
-        *(x.data_ptr(), w.address, w.size, base.data_ptr(), scale.item(), eps, norm_eps),
-        *(rows, width, mixes.data_ptr(), y.data_ptr()),
+        *(x.data_ptr(), w.address, w.size, base.data_ptr(), scales.data_ptr()),
+        *(site.eps, site.rms_eps, rows, width, mixes.data_ptr(), y.data_ptr()),
     )
-    return y
+    return y if norm_D is None else rms_norm(y, norm_D, site.rms_eps)
 
 
 @entry()
@@ -183,15 +178,15 @@ def _post(f, more, x, post, comb, rows, width, y):
                 store(y_t + d, fma(c3, load(x_t + width * 12 + d), s))
 
 
-@hyper_post.twin("compiled", runs)
-def _hyper_post(
+@hc_post.twin("compiled", runs)
+def _hc_post(
     f_TD: Tensor, x_TCD: Tensor, post_TC: Tensor, comb_TCC: Tensor, more_TD: Tensor | None = None
 ) -> Tensor:
     rows, streams, width = x_TCD.shape
     wanted = (f_TD, x_TCD, post_TC, comb_TCC)
     more = () if more_TD is None else (more_TD,)
     if streams != _STREAMS or width % LANES or not plain(*wanted, *more):
-        return hyper_post.reference(*wanted, more_TD)
+        return hc_post.reference(*wanted, more_TD)
     f, x, post, comb = (t.contiguous() for t in wanted)
     added = None if more_TD is None else more_TD.contiguous()
     y = torch.empty_like(x)
@@ -200,3 +195,16 @@ def _hyper_post(
         *(post.data_ptr(), comb.data_ptr(), rows, width, y.data_ptr()),
     )
     return y
+
+
+@hc_post_pre.twin("compiled", runs)
+def _hc_post_pre(
+    f_TD: Tensor,
+    x_TCD: Tensor,
+    post_TC: Tensor,
+    comb_TCC: Tensor,
+    site: Site,
+    norm_D: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x_TCD = _hc_post(f_TD, x_TCD, post_TC, comb_TCC)
+    return x_TCD, *_hc_pre(x_TCD, site, norm_D)

@@ -1,0 +1,110 @@
+"""The sampler's twin against the draw in fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from twins import DEVICE, GPU, poisoned, twin
+
+from whalepod.engine.request import Adjust, Sampling
+from whalepod.engine.sampler import sample as draw_rows
+from whalepod.kernels import sample_triton
+from whalepod.kernels.sample import sample
+
+pytestmark = pytest.mark.triton
+
+SIZES = [129_280, 32_000, 1000, 5] if GPU else [150]
+ROWS = 12 if GPU else 1
+OFF = float("-inf")
+# temperature, top-k, top-p, log of min-p
+FILTERS = [
+    (0.0, 0, 1.0, OFF),
+    (1.0, 0, 1.0, OFF),
+    (0.7, 50, 1.0, OFF),
+    (1.0, 0, 0.8971, OFF),
+    (1.3, 40, 0.7963, math.log(0.05)),
+    (2.0, 0, 1.0, math.log(0.1)),
+    (50.0, 10**6, 0.9871, OFF),
+    (0.01, 3, 0.0, OFF),
+]
+
+
+def settings(filters: tuple[float, ...], rows: int) -> Tensor:
+    fixed = torch.tensor([filters] * rows, dtype=torch.float64).view(rows, 4)
+    return torch.cat([fixed, torch.rand(rows, 1, dtype=torch.float64)], 1).to(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, so small that rows have several slices and candidates several tiles."""
+    if not GPU:
+        monkeypatch.setattr(sample_triton, "SLICE", 64)
+        monkeypatch.setattr(sample_triton, "TILE", 64)
+
+
+def differences(logits: Tensor, chosen: Tensor) -> int:
+    with poisoned():
+        tokens, logprobs = twin(sample)(logits, chosen)
+    wanted, wanted_logprobs = sample.reference(logits, chosen)
+    same = tokens == wanted
+    torch.testing.assert_close(logprobs[same], wanted_logprobs[same], atol=2e-5, rtol=1e-5)
+    return int((~same).sum())
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("size", SIZES)
+def test_tokens_are_those_of_the_draw(size: int, filters: tuple[float, ...]) -> None:
+    """Peaked, flat and rounded logits: the last have many ties, within and across slices."""
+    for logits in (
+        3 * torch.randn(ROWS, size),
+        0.01 * torch.randn(ROWS, size),
+        torch.randn(ROWS, size).mul(2).round(),
+        torch.zeros(1, size),
+    ):
+        rows = logits.to(DEVICE)
+        assert differences(rows, settings(filters, len(rows))) == 0
+
+
+def test_banned_tokens_are_never_drawn() -> None:
+    logits = torch.full((2, SIZES[0]), OFF, device=DEVICE)
+    logits[:, [3, 77, 149]] = torch.tensor([-0.0, 0.0, -1.0], device=DEVICE)
+    for filters in FILTERS[:4]:
+        assert differences(logits, settings(filters, len(logits))) == 0
+
+
+def test_the_ends_of_the_unit_interval() -> None:
+    logits = torch.randn(4, SIZES[0], device=DEVICE)
+    chosen = settings((1.0, 0, 1.0, OFF), 4)
+    chosen[:, 4] = torch.tensor([0.0, 1 - 2.0**-53, 2.0**-53, 0.5])
+    tokens, _ = twin(sample)(logits, chosen)
+    wanted, _ = sample.reference(logits, chosen)
+    ends = [0, 2, 3]
+    assert torch.equal(tokens[ends], wanted[ends])
+    # The last of all is the least likely one up to the rounding of the weights.
+    assert logits[1, tokens[1]] < logits[1].mean()
+
+
+def test_no_rows_and_rows_alone() -> None:
+    logits = torch.randn(70 if GPU else 3, SIZES[0], device=DEVICE)
+    chosen = settings((1.0, 20, 0.9, OFF), len(logits))
+    assert twin(sample)(logits[:0], chosen[:0])[0].shape == (0,)
+    together = twin(sample)(logits, chosen)
+    alone = twin(sample)(logits[-1:], chosen[-1:])
+    assert int(alone[0]) == int(together[0][-1])
+    assert float(alone[1]) == float(together[1][-1])
+
+
+@pytest.mark.skipif(not GPU, reason="the engine samples on the device on CUDA only")
+def test_the_engine_draws_the_tokens_of_the_cpu() -> None:
+    logits = 3 * torch.randn(6, 1000)
+    plain = [Sampling(0.0), Sampling(1.0, seed=3), Sampling(0.8, 0.91, 40, 5, 0.02)]
+    banned = Sampling(1.0, seed=4, adjust=Adjust(banned=(1, 2)))
+    settings, positions = [*plain, banned, *plain[:2]], [7, 8, 9, 10, 11, 12]
+    histories = [(1, (5, 6))] * 6
+    wanted = draw_rows(logits, settings, positions, histories)
+    made = draw_rows(logits.cuda(), settings, positions, histories)
+    assert [d.token for d in made] == [d.token for d in wanted]
+    assert [d.logprob for d in made] == pytest.approx([d.logprob for d in wanted], abs=1e-4)
