@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from whalepod.engine.step import MicroBatch, Part
-from whalepod.kernels.linear import linear
+from whalepod.kernels.linear import linear_wide
 from whalepod.model.batch import Batch, Span
 from whalepod.model.cache import Cache
-from whalepod.model.expert import Expert
 from whalepod.model.gate import Gate
-from whalepod.model.moe import mixture
+from whalepod.model.moe import Table, mixture
 from whalepod.model.mtp import MTP
 from whalepod.model.shape import ModelConfig
 
@@ -38,7 +37,7 @@ class Drafter:
         config: ModelConfig,
         mtp: MTP,
         gate: Gate,
-        experts: dict[int, Expert],
+        experts: Table,
         embedding: Tensor,
         head: Tensor,
         *,
@@ -85,7 +84,7 @@ class Drafter:
             return {}
         z_TCD = torch.stack([last[slot][1] for slot in slots])
         for step in range(count):
-            tokens = linear(self.mtp.collapse(z_TCD).float(), self.head).argmax(-1).tolist()
+            tokens = linear_wide(self.mtp.collapse(z_TCD), self.head).argmax(-1).tolist()
             for slot, token in zip(slots, tokens, strict=True):
                 drafts[slot].append(token)
             if step + 1 < count:

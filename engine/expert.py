@@ -6,6 +6,7 @@ Legend: M rows, N (row, expert) pairs, K experts per token, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
@@ -23,9 +24,15 @@ from whalepod.engine.legs import (
     to_home,
     to_shard,
 )
+from whalepod.kernels.fp4 import Fp4Stack
 from whalepod.model.expert import Expert
 from whalepod.model.moe import run_experts
 from whalepod.model.shape import ModelConfig
+from whalepod.model.stack import ExpertStack
+
+# A layer's experts, and one as it is read for them.
+Held = dict[int, Expert] | ExpertStack
+Loaded = Expert | tuple[Fp4Stack, Fp4Stack]
 
 
 class ExpertShard:
@@ -33,36 +40,38 @@ class ExpertShard:
 
     Args:
         config: sizes.
-        load: reads one expert, `(layer, expert) -> Expert`.
+        load: reads one expert, `(layer, expert)`, in the form that a layer's table takes.
         dtype: of the rows that travel.
+        table: makes the empty table of a layer.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        load: Callable[[int, int], Expert],
+        load: Callable[[int, int], Loaded],
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        table: Callable[[], Held] = dict,
     ) -> None:
-        self.config, self.dtype, self.device, self._load = config, dtype, torch.device(device), load
-        self.experts: dict[int, dict[int, Expert]] = {}
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self._load, self._table = load, table
+        self.experts: dict[int, Held] = {}
         k, width = config.num_experts_per_tok, config.hidden_size
         self._in, self._out = to_shard(width, dtype, k), to_home(width, dtype)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights held."""
-        return sum(e.nbytes for layer in self.experts.values() for e in layer.values())
+        return sum(held_bytes(layer) for layer in self.experts.values())
 
     def prepare(self, placement: Placement, name: str, layers: range) -> int:
         """Load the experts that `placement` gives to member `name`; returns how many were new."""
         new = 0
         for layer in layers:
-            held = self.experts.setdefault(layer, {})
-            for expert in placement.experts_of(name, layer):
-                if expert not in held:
-                    held[expert] = self._load(layer, expert)
-                    new += 1
+            held = self.experts.setdefault(layer, self._table())
+            wanted = [e for e in placement.experts_of(name, layer) if e not in held]
+            fill(held, wanted, lambda expert, layer=layer: self._load(layer, expert))  # type: ignore[misc]
+            new += len(wanted)
         return new
 
     def trim(self, placement: Placement, name: str, layers: range) -> None:
@@ -136,6 +145,26 @@ class ExpertShard:
             mine = slice(None) if len(counts) == 1 else (labels_N3[:, 0] == home)
             message = self._out.pack(place, labels_N3[mine, 1:], out_ND[mine])
             out.send(fabric, message, home, TAG_HOME, home_room(self._out, count, self.config))
+
+
+def fill(held: Held, wanted: Seq[int], load: Callable[[int], Loaded]) -> None:
+    """Read experts into a layer's table; a stack makes room for all of them at once."""
+    for i, expert in enumerate(wanted):
+        one = load(expert)
+        if isinstance(held, ExpertStack):
+            assert isinstance(one, tuple)
+            held.reserve(len(wanted) - i, one)
+            held[expert] = one
+        else:
+            assert isinstance(one, Expert)
+            held[expert] = one
+
+
+def held_bytes(held: Held) -> int:
+    """Bytes of the weights in a layer's table."""
+    if isinstance(held, ExpertStack):
+        return held.nbytes
+    return sum(expert.nbytes for expert in held.values())
 
 
 def home_room(form: Form, rows: int, config: ModelConfig) -> int:

@@ -5,6 +5,7 @@ Legend: T rows, K experts per token, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -25,10 +26,10 @@ from whalepod.engine.legs import (
 from whalepod.engine.router import Router
 from whalepod.errors import EpochLost
 from whalepod.kernels.combine import combine
-from whalepod.model.expert import Expert
 from whalepod.model.gate import Gate
-from whalepod.model.moe import mixture
+from whalepod.model.moe import Table, mixture
 from whalepod.model.shape import ModelConfig
+from whalepod.model.stack import ExpertStack
 
 
 class Experts(Protocol):
@@ -46,9 +47,15 @@ class Experts(Protocol):
 class LocalExperts:
     """All experts in this process."""
 
-    def __init__(self, gates: dict[int, Gate], experts: dict[int, dict[int, Expert]]) -> None:
+    def __init__(self, gates: dict[int, Gate], experts: Mapping[int, Table]) -> None:
         self._gates, self._experts = gates, experts
         self._done: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Changes when weights have been put elsewhere in memory."""
+        stacks = (t for t in self._experts.values() if isinstance(t, ExpertStack))
+        return tuple(n for stack in stacks for n in (id(stack), stack.moves))
 
     def send(self, layer: int, micro_batch: int, x_TD: Tensor, ids_T: Tensor) -> None:
         """Compute at once."""

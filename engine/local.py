@@ -34,8 +34,7 @@ class SingleEngine:
         layers = source.config.layers
         self.member.open_attention(layers)
         gates = {layer: source.gate(layer) for layer in layers}
-        experts = range(source.config.n_routed_experts)
-        table = {layer: {e: source.expert(layer, e) for e in experts} for layer in layers}
+        table = {layer: source.experts(layer) for layer in layers}
         self._experts = LocalExperts(gates, table)
         assert self.member.loop is not None
         self.loop = self.member.loop

@@ -10,6 +10,7 @@ from whalepod.cluster.fabric import Fabric
 from whalepod.config import Config
 from whalepod.engine.attention import AttentionStage
 from whalepod.engine.expert import ExpertShard
+from whalepod.engine.graph import DecodeGraphs
 from whalepod.engine.lanes import Lanes
 from whalepod.engine.loop import EngineLoop
 from whalepod.engine.request import TokenEvent
@@ -59,6 +60,9 @@ class Member:
         blocks = max(1, engine.kv_tokens // 128)
         slots = engine.max_batch + engine.prefix_snapshots
         stage = self.stage = self.source.stage(layers, slots=slots, blocks=blocks)
+        if self.config.engine.cuda_graphs and stage.device.type == "cuda":
+            whole = layers == self.model.layers
+            stage.graphs = DecodeGraphs(stage) if whole else None
         if layers.start:
             self._later = LaterStage(stage)
             return

@@ -18,10 +18,9 @@ from whalepod.engine.announce import Announcer
 from whalepod.engine.attention import AttentionStage
 from whalepod.engine.expert import ExpertShard
 from whalepod.engine.experts import Experts, LocalExperts, RemoteExperts
+from whalepod.engine.handover import pass_on, take_over
 from whalepod.engine.lanes import Announcement, Lanes
 from whalepod.engine.legs import (
-    SIZED_BYTES,
-    TAG_STAGE,
     TAG_TOKENS,
     Incoming,
     Outgoing,
@@ -37,12 +36,16 @@ def draw(stage: AttentionStage, x: Seq[Tensor], micro_batches: Seq[MicroBatch]) 
     """Sample from the last stage's streams, in the order of the parts that draw."""
     drawn: list[Drawn] = []
     for x_TCD, micro_batch in zip(x, micro_batches, strict=True):
-        rows, draws = micro_batch.last_rows(), micro_batch.draws()
+        rows = micro_batch.last_rows()
         if rows:
-            logits = stage.logits(x_TCD, rows)
-            settings, positions = [s for s, _ in draws], [p for _, p in draws]
-            drawn += sample(logits, settings, positions, micro_batch.histories())
+            drawn += draw_from(stage.logits(x_TCD, rows), micro_batch)
     return drawn
+
+
+def draw_from(logits: Tensor, micro_batch: MicroBatch) -> list[Drawn]:
+    """Sample from the logits of all rows that draw."""
+    settings, positions = zip(*micro_batch.draws(), strict=True)
+    return sample(logits, settings, positions, micro_batch.histories())
 
 
 def run_alone(
@@ -54,11 +57,28 @@ def run_alone(
         what was drawn, and drafts by slot.
     """
     micro_batches = plan.step.micro_batches
-    batches = [m.batch(stage.cache.block_tokens, stage.device) for m in micro_batches]
     restore(stage, plan.step)
+    if (found := run_captured(stage, experts, plan)) is not None:
+        return found
+    batches = [m.batch(stage.cache.block_tokens, stage.device) for m in micro_batches]
     x = stage.forward(batches, [stage.embed(b) for b in batches], experts)
     drawn = draw(stage, x, micro_batches)
     return drawn, settle(stage, plan, batches, x, drawn)
+
+
+def run_captured(
+    stage: AttentionStage, experts: Experts, plan: Plan
+) -> tuple[list[Drawn], dict[int, list[int]]] | None:
+    """Run a step as a graph, if it is one of single tokens and everything is on one device."""
+    micro_batches = plan.step.micro_batches
+    if stage.graphs is None or len(micro_batches) > 1 or not isinstance(experts, LocalExperts):
+        return None
+    found = stage.graphs.run(micro_batches[0], experts)
+    if found is None:
+        return None
+    batch, x_TCD, logits = found
+    drawn = draw_from(logits, micro_batches[0])
+    return drawn, settle(stage, plan, [batch], [x_TCD], drawn)
 
 
 def restore(stage: AttentionStage, step: Step) -> None:
@@ -174,6 +194,9 @@ class FirstStage:
 
     def _step(self, seat: Seat, announced: dict[int, Announcement], plan: Plan | None) -> None:
         experts, step = seat.experts(self.stage, announced), plan.step if plan else Step(())
+        if plan is not None and isinstance(experts, LocalExperts):
+            self.loop.finish(plan, *run_alone(self.stage, experts, plan))
+            return
         tokens = self.stage.cache.block_tokens
         batches = [m.batch(tokens, self.stage.device) for m in step.micro_batches]
         padded = _pad(batches, announced)
@@ -251,29 +274,6 @@ class LaterStage:
                 end, batch = self._open.pop(part.slot, (-1, None))
                 if batch is not None and end == part.start:
                     batch.commit(part.slot)
-
-
-def pass_on(fabric: Fabric, out: Outgoing, step: Step, x: Seq[Tensor], to: int) -> None:
-    """Send a step and its streams to the next stage."""
-    data = bytearray(step.to_bytes())
-    head = torch.frombuffer(data, dtype=torch.uint8).to(x[0].device)
-    out.send(fabric, head, to, TAG_STAGE, SIZED_BYTES + 1)
-    for x_TCD in x[: len(step.micro_batches)]:
-        message = x_TCD.contiguous().view(torch.uint8).flatten()
-        out.send(fabric, message, to, TAG_STAGE, message.numel())
-
-
-def take_over(fabric: Fabric, src: int, stage: AttentionStage) -> tuple[Step, list[Tensor]]:
-    """Receive what `pass_on` sent."""
-    head = Incoming(fabric, src, TAG_STAGE, SIZED_BYTES + 1, stage.device).take()
-    step = Step.from_bytes(bytes(head.cpu().numpy()))
-    shape = (stage.config.hc_mult, stage.config.hidden_size)
-    x = []
-    for micro_batch in step.micro_batches:
-        size = micro_batch.tokens * shape[0] * shape[1] * stage.dtype.itemsize
-        data = Incoming(fabric, src, TAG_STAGE, size, stage.device).take()
-        x.append(data.view(stage.dtype).view(micro_batch.tokens, *shape))
-    return step, x
 
 
 def _announce(plan: Plan | None) -> Announcement:

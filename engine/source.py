@@ -7,7 +7,7 @@ import torch
 from whalepod.config import Model
 from whalepod.engine.attention import AttentionStage
 from whalepod.engine.drafter import Drafter
-from whalepod.engine.expert import ExpertShard
+from whalepod.engine.expert import ExpertShard, Held, Loaded, fill
 from whalepod.engine.router import Router
 from whalepod.errors import ConfigError
 from whalepod.kernels.registry import load_twins
@@ -18,6 +18,7 @@ from whalepod.model.gate import Gate
 from whalepod.model.mtp import MTP
 from whalepod.model.rope import frequencies
 from whalepod.model.shape import ModelConfig
+from whalepod.model.stack import ExpertStack
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -29,24 +30,51 @@ class Source:
         model: the `model` section of the configuration.
         checkpoint: opened and verified.
         device: where weights go.
+        packed: keep matrices as the checkpoint stores them, for kernels that widen them; None does
+            so on GPUs.
     """
 
     def __init__(
-        self, model: Model, checkpoint: Checkpoint, device: torch.device | str = "cpu"
+        self,
+        model: Model,
+        checkpoint: Checkpoint,
+        device: torch.device | str = "cpu",
+        packed: bool | None = None,
     ) -> None:
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.config: ModelConfig = checkpoint.config
         self.dtype = DTYPES[model.dtype]
         self.fidelity = Fidelity(model.fidelity)
+        self.packed = self.device.type == "cuda" if packed is None else packed
+        self.stacked = self.packed and checkpoint.expert_dtype == "fp4"
         load_twins(self.device.type)
 
     def gate(self, layer: int) -> Gate:
         """Read one layer's gate."""
-        weights = self.checkpoint.router([layer], device=self.device)
-        return Gate.of(self.config, layer, weights, f"layers.{layer}")
+        last = self.config.num_hidden_layers
+        prefix = f"layers.{layer}" if layer < last else MTP.prefix
+        weights = self.checkpoint.router(
+            [layer], dtype=self.dtype, device=self.device, packed=self.packed
+        )
+        return Gate.of(self.config, layer, weights, prefix)
 
-    def expert(self, layer: int, expert: int) -> Expert:
-        """Read one routed expert."""
+    def table(self) -> Held:
+        """An empty table of a layer's experts."""
+        if not self.stacked:
+            return {}
+        limit, released = self.config.swiglu_limit, self.fidelity.released
+        return ExpertStack(self.config.n_routed_experts, limit, released, self.device)
+
+    def experts(self, layer: int) -> Held:
+        """Read all routed experts of a layer."""
+        held = self.table()
+        fill(held, [*range(self.config.n_routed_experts)], lambda e: self.expert(layer, e))
+        return held
+
+    def expert(self, layer: int, expert: int) -> Loaded:
+        """Read one routed expert, for a table."""
+        if self.stacked:
+            return self.checkpoint.packed_expert(layer, expert, self.device)
         w1, w2, w3 = self.checkpoint.expert(layer, expert, dtype=self.dtype, device=self.device)
         return Expert(w1, w2, w3, self.config.swiglu_limit, self.fidelity)
 
@@ -58,6 +86,7 @@ class Source:
             device=self.device,
             embed=layers.start == 0,
             head=layers.stop == self.config.num_hidden_layers,
+            packed=self.packed,
         )
         return AttentionStage(
             self.config,
@@ -79,15 +108,16 @@ class Source:
             )
         assert stage.embedding is not None
         assert stage.head is not None
-        layer, prefix = self.config.num_hidden_layers, MTP.prefix
-        weights = self.checkpoint.attention([layer], dtype=self.dtype, device=self.device)
+        layer = self.config.num_hidden_layers
+        weights = self.checkpoint.attention(
+            [layer], dtype=self.dtype, device=self.device, packed=self.packed
+        )
         freqs = frequencies(self.config, layer).to(self.device)
-        gates = self.checkpoint.router([layer], device=self.device)
         return Drafter(
             self.config,
             MTP(self.config, weights, freqs, self.dtype, self.fidelity),
-            Gate.of(self.config, layer, gates, prefix),
-            {e: self.expert(layer, e) for e in range(self.config.n_routed_experts)},
+            self.gate(layer),
+            self.experts(layer),
             stage.embedding,
             stage.head.weight_VD,
             slots=slots,
@@ -99,4 +129,4 @@ class Source:
 
     def shard(self) -> ExpertShard:
         """An expert shard without experts yet; `prepare` reads them."""
-        return ExpertShard(self.config, self.expert, self.dtype, self.device)
+        return ExpertShard(self.config, self.expert, self.dtype, self.device, self.table)

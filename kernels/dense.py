@@ -22,8 +22,11 @@ _LARGE: dict[Kind, Tile] = {
 }
 
 
-def tile_of(kind: Kind, rows: int, outputs: int) -> Tile:
+def tile_of(kind: Kind, rows: int, outputs: int, fp32: bool = False) -> Tile:
     """The smallest tile that holds all rows; large ones where enough of them occupy a GPU."""
+    if fp32:  # tiles of four bytes a number: more stages would not fit
+        n, m, warps, _ = next((t for t in _SMALL if rows <= t[1]), _SMALL[-1])
+        return n, m, warps, 2
     for tile in _SMALL:
         if rows <= tile[1]:
             return tile
@@ -64,7 +67,7 @@ def dense(
     )  # fmt: skip
     if not rows:
         return out if whole or parts else x.new_empty(0, groups * outputs, dtype=dtype)
-    n, m, warps, stages = tile_of(kind, rows, outputs)
+    n, m, warps, stages = tile_of(kind, rows, outputs, x.dtype == torch.float32)
     exact = INTERPRETED or x.dtype == torch.float32
     dense_kernel[(triton.cdiv(outputs, n) * triton.cdiv(rows, m), chunks if apart else 1, groups)](
         x, w if scales is None else scales, w, w if w_scales is None else w_scales, out, rows,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from whalepod.kernels.hadamard import hadamard
+from whalepod.kernels.jit import runs
 from whalepod.kernels.quantise import (
     FP4_GROUP,
     FP4_MAX,
@@ -26,6 +27,7 @@ from whalepod.kernels.quantise import (
     fp4_codes,
     power_of_two_above,
 )
+from whalepod.kernels.registry import Kernel
 
 KV_BLOCK = 64
 Rounding = Literal["none", "kv", "index"]
@@ -65,6 +67,12 @@ def round_entries(x: Tensor, rounding: Rounding, rotary: int) -> Tensor:
         return fake_fp4(hadamard(x), FP4_GROUP)
     plain = x.shape[-1] - rotary
     return torch.cat([fake_fp8(x[..., :plain], KV_BLOCK), x[..., plain:]], dim=-1)
+
+
+@Kernel
+def round_rows(x: Tensor, rounding: Rounding, rotary: int = 0) -> Tensor:
+    """`round_entries` for what is stored nowhere."""
+    return round_entries(x, rounding, rotary)
 
 
 def put(
@@ -114,3 +122,8 @@ def _index_bytes(entries_XD: Tensor) -> tuple[Tensor, Tensor]:
 def _exponents(scale: Tensor) -> Tensor:
     """E8M0 bytes of powers of two `[X, groups, 1]`."""
     return (scale.squeeze(-1).contiguous().view(torch.int32) >> 23).to(torch.uint8)
+
+
+from whalepod.kernels import entries_triton as _twins  # noqa: E402
+
+round_rows.twin("triton", runs)(_twins.round_rows)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.entries import KV_BLOCK, Pages, Rounding, Storage
-from whalepod.kernels.jit import INTERPRETED, jit, tl, triton
+from whalepod.kernels.jit import FIXED, INTERPRETED, jit, tl, triton
 from whalepod.kernels.narrow import e2m1, e4m3, exponent_above, power, rounded
 from whalepod.kernels.quantise import FP4_GROUP
 
+# Rows of a program that only rounds.
+_ROWS = 4
 _ROUNDINGS = {"none": 0, "kv": 1, "index": 2}
 
 
@@ -136,3 +138,35 @@ def put_rows(
         out = rounded(value, dense.dtype.element_ty, CUTS)
         tl.store(dense + row[:, None] * D + d[None, :], out, mask=kept)
     return value
+
+
+@jit
+def _round_kernel(
+    x, out, N, dense, data, wide, STRIDE: tl.constexpr, COUNT: tl.constexpr, DATA: tl.constexpr,
+    SCALES: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, ROUNDING: tl.constexpr,
+    PAGED: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr, CUTS: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    d = tl.arange(0, WIDTH)
+    kept = (row < N)[:, None] & (d < D)[None, :]
+    value = tl.load(x + row[:, None] * D + d[None, :], mask=kept, other=0.0).to(tl.float32)
+    value = put_rows(
+        value, row, row < N, dense, data, wide, STRIDE, COUNT, DATA, SCALES, D, PAIRS, ROUNDING,
+        PAGED, KIND, FACTOR, CUTS, ROWS, WIDTH,
+    )  # fmt: skip
+    tl.store(out + row[:, None] * D + d[None, :], rounded(value, KIND, CUTS), mask=kept)
+
+
+def round_rows(x: Tensor, rounding: Rounding, rotary: int = 0) -> Tensor:
+    """Twin of `entries.round_rows`."""
+    if rounding == "none":
+        return x
+    x, size = x.contiguous(), x.shape[-1]
+    out, rows = torch.empty_like(x), x.numel() // size
+    if rows:
+        _round_kernel[(triton.cdiv(rows, _ROWS),)](
+            x, out, rows, ROWS=_ROWS, num_warps=1, **FIXED,
+            **layout(None, x.dtype, size, rotary // 2, rounding),
+        )  # fmt: skip
+    return out

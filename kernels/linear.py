@@ -42,6 +42,16 @@ def linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
 
 
 @Kernel
+def linear_wide(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """As `linear`, with products and result in fp32: `[M, N]` fp32.
+
+    Args:
+        x_MK, weight_NK: fp32 or bf16, either of them.
+    """
+    return linear(x_MK.float(), weight_NK.float())
+
+
+@Kernel
 def grouped_linear(x_MGK: Tensor, weight_GNK: Tensor) -> Tensor:
     """Multiply each group of inputs by its own matrix (block-diagonal product).
 
@@ -55,3 +65,6 @@ def grouped_linear(x_MGK: Tensor, weight_GNK: Tensor) -> Tensor:
     x_MGK, rows = padded_rows(x_MGK)
     out = torch.bmm(x_MGK.transpose(0, 1), weight_GNK.transpose(1, 2))
     return out.transpose(0, 1)[:rows].flatten(1)
+
+
+from whalepod.kernels import linear_triton  # noqa: E402, F401  (registers the twins)

@@ -6,7 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from whalepod.kernels.activation import whole_vectors
+from whalepod.kernels.jit import INTERPRETED, jit, runs, tl, triton
+from whalepod.kernels.narrow import rounded
+from whalepod.kernels.overlap import begin, early
 from whalepod.kernels.registry import Kernel
+
+_WIDE = 512
 
 
 @Kernel
@@ -29,3 +34,34 @@ def swiglu(gate_up: Tensor, limit: float, weight_M: Tensor | None = None) -> Ten
     if weight_M is not None:
         out = out * weight_M.unsqueeze(-1)
     return out.to(gate_up.dtype)
+
+
+@jit
+def _kernel(
+    x, weights, out, WIDTH, LIMIT: tl.constexpr, CUTS: tl.constexpr, WIDE: tl.constexpr,
+    EARLY: tl.constexpr = False,
+):  # fmt: skip
+    begin(EARLY)
+    m = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    at = x + m * 2 * WIDTH + i
+    gate = tl.load(at, mask=i < WIDTH, other=0.0).to(tl.float32)
+    up = tl.load(at + WIDTH, mask=i < WIDTH, other=0.0).to(tl.float32)
+    gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    small = tl.exp(-tl.abs(gate))  # of the sigmoid: never infinite
+    made = gate * (tl.where(gate < 0, small, 1.0) / (1.0 + small)) * up
+    if weights is not None:
+        made *= tl.load(weights + m)
+    tl.store(out + m * WIDTH + i, rounded(made, out.dtype.element_ty, CUTS), mask=i < WIDTH)
+
+
+@swiglu.twin("triton", runs)
+def _swiglu(gate_up: Tensor, limit: float, weight_M: Tensor | None = None) -> Tensor:
+    x, (rows, width) = gate_up.contiguous(), gate_up.shape
+    out = x.new_empty(rows, width // 2)
+    if out.numel():
+        _kernel[(rows, triton.cdiv(width // 2, _WIDE))](
+            x, weight_M, out, width // 2, LIMIT=limit, CUTS=INTERPRETED, WIDE=_WIDE, num_warps=4,
+            **early(),
+        )  # fmt: skip
+    return out

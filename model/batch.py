@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.attend import Listed, write_ring
-from whalepod.model.layout import Layout
+from whalepod.model.layout import Layout, Placed
+from whalepod.model.paged import Paged
 from whalepod.model.rope import turns
 
 # Rings of all slots, positions of rows, and the rows.
@@ -87,12 +88,14 @@ class Batch:
     _layout: Layout | None = field(init=False, default=None)
     _entries: dict[int, tuple[Listed, Tensor, bool]] = field(init=False, default_factory=dict)
 
+    _paged: Paged | None = field(init=False, default=None)
+
     def __post_init__(self) -> None:
         """Count the decoding spans, which must come first."""
         counts = [span.count for span in self.spans]
         self.decoding = next((i for i, n in enumerate(counts) if n > 1), len(counts))
-        device = self.ids_T.device
-        self.slots_D = torch.tensor([s.slot for s in self.decoders], dtype=torch.int64).to(device)
+        slots, device = [s.slot for s in self.decoders], self.ids_T.device
+        self.slots_D = torch.tensor(slots, dtype=torch.int64, device=device)
 
     @classmethod
     def of(
@@ -110,6 +113,25 @@ class Batch:
             tuple(spans),
             block_tokens,
         )
+
+    @classmethod
+    def decode(
+        cls,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        table_TB: Tensor,
+        block_tokens: int,
+    ) -> Batch:
+        """One row a sequence, whose places only the device knows: there are no spans.
+
+        Args:
+            table_TB: `[T, B]` int32, blocks of each row's sequence.
+        """
+        batch = cls(ids_T, positions_T, (), block_tokens)
+        batch.decoding, batch.slots_D = ids_T.shape[0], slots_T
+        batch._paged = Paged.decoding(slots_T, positions_T, table_TB)
+        return batch
 
     @property
     def decoders(self) -> tuple[Span, ...]:
@@ -137,9 +159,19 @@ class Batch:
     def layout(self) -> Layout:
         """Where all rows belong, made once per pass."""
         if self._layout is None:
-            placed = [(s.slot, s.start, s.row, s.count, s.blocks) for s in self.spans]
-            self._layout = Layout(placed, self.positions_T, self.block_tokens)
+            self._layout = Layout(self._placed, self.positions_T, self.block_tokens)
         return self._layout
+
+    @property
+    def paged(self) -> Paged:
+        """Where all rows belong, for kernels that read block tables; made once per pass."""
+        if self._paged is None:
+            self._paged = Paged.of(self._placed, self.ids_T.device)
+        return self._paged
+
+    @property
+    def _placed(self) -> list[Placed]:
+        return [(s.slot, s.start, s.row, s.count, s.blocks) for s in self.spans]
 
     def entries(self, ratio: int) -> tuple[Listed, Tensor, bool]:
         """See `Layout.entries`; made once per pass."""
@@ -160,8 +192,9 @@ class Batch:
     def blocks_D(self) -> Tensor:
         """The block that each decoding row's position belongs to, `[D]`."""
         if self._blocks is None:
-            found = [s.blocks[s.start // self.block_tokens] for s in self.decoders]
-            self._blocks = torch.tensor(found, dtype=torch.int64).to(self.ids_T.device)
+            table = self.paged.table_SB[: self.decoding].long()
+            own = self.positions_T[: self.decoding] // self.block_tokens
+            self._blocks = table.gather(1, own.unsqueeze(1)).squeeze(1)
         return self._blocks
 
     def decode_view(self, ratio: int) -> DecodeView:

@@ -5,18 +5,20 @@ Legend: T tokens, C residual streams, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from whalepod.kernels.fp8_linear import Fp8Matrix
 from whalepod.kernels.hyper_connection import hc_post
 from whalepod.model.attention import Attention
 from whalepod.model.batch import Batch
 from whalepod.model.cache import LayerCache
-from whalepod.model.expert import Expert
+from whalepod.model.device_attention import DeviceAttention
+from whalepod.model.expert import shared_expert
 from whalepod.model.fidelity import Fidelity
+from whalepod.model.matrix import Weights
 from whalepod.model.mhc import HyperConnection
 from whalepod.model.shape import ModelConfig
 
@@ -38,7 +40,7 @@ class Block:
         self,
         config: ModelConfig,
         layer: int,
-        weights: Mapping[str, Tensor],
+        weights: Weights,
         prefix: str,
         freqs: Tensor,
         dtype: torch.dtype,
@@ -49,8 +51,10 @@ class Block:
         self.hc_ffn = HyperConnection(config, weights, f"{prefix}.hc_ffn")
         self.attn_norm = weights[f"{prefix}.attn_norm.weight"]
         self.ffn_norm = weights[f"{prefix}.ffn_norm.weight"]
-        self.attention = Attention(config, layer, weights, f"{prefix}.attn", freqs, dtype, fidelity)
-        self.shared = Expert.of(
+        packed = isinstance(weights[f"{prefix}.attn.wq_a.weight"], Fp8Matrix)
+        kind = DeviceAttention if packed else Attention
+        self.attention = kind(config, layer, weights, f"{prefix}.attn", freqs, dtype, fidelity)
+        self.shared = shared_expert(
             weights, f"{prefix}.ffn.shared_experts", config.swiglu_limit, fidelity
         )
 

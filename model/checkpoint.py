@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from whalepod.errors import CheckpointError
+from whalepod.kernels import fp4, fp8_linear
+from whalepod.kernels.fp4 import Fp4Stack
+from whalepod.kernels.fp8_linear import Fp8Matrix
 from whalepod.model.headers import Entry, read_folder
 from whalepod.model.names import ExpertDtype, Role, Stored, TensorSpec, tensor_specs
 from whalepod.model.quant import decode_fp4, decode_fp8
@@ -105,6 +109,28 @@ class Checkpoint:
                 raise CheckpointError(f"{file}: tensor {spec.scale}: {error}") from None
         return raw.to(device, torch.float32 if spec.keep_fp32 else dtype)
 
+    def packed(
+        self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Tensor | Fp8Matrix:
+        """Read one tensor for kernels that widen it themselves.
+
+        Returns:
+            FP8 matrices as they are, grouped ones in their groups; BF16 matrices of fp32 products
+            in BF16 if that is `dtype`, which loses nothing; the rest as `tensor` does.
+        """
+        spec = self.specs[name]
+        if spec.keep_fp32 and spec.stored is Stored.BF16 and len(spec.shape) == 2:
+            return self._read(name).to(device, dtype)
+        groups = self.config.o_groups if name.endswith(".attn.wo_a.weight") else 1
+        tall = spec.shape[0] % (groups * fp8_linear.BLOCK) if groups > 1 else 0
+        if spec.stored is not Stored.FP8 or spec.scale is None or tall:
+            return self.tensor(name, dtype, device)
+        raw, scale = self._read(name).to(device), self._read(spec.scale).to(device)
+        try:
+            return fp8_linear.pack(raw, scale, groups)
+        except ValueError:  # scales that are no powers of two; `tensor` refuses what is wrong
+            return self.tensor(name, dtype, device)
+
     def attention(
         self,
         layers: Iterable[int],
@@ -113,24 +139,35 @@ class Checkpoint:
         device: torch.device | str = "cpu",
         embed: bool = False,
         head: bool = False,
-    ) -> dict[str, Tensor]:
-        """Everything the attention side of `layers` needs, shared experts included, by name."""
+        packed: bool = False,
+    ) -> dict[str, Any]:
+        """Everything the attention side of `layers` needs, shared experts included, by name.
+
+        Args:
+            packed: read matrices as `packed` does.
+        """
+        read = self.packed if packed else self.tensor
         roles, chosen = {Role.ATTENTION, Role.SHARED}, set(layers)
         ends = {Role.EMBED: embed, Role.HEAD: head}
         return {
-            name: self.tensor(name, dtype, device)
+            name: read(name, dtype, device)
             for name, spec in self.specs.items()
             if spec.stored is not Stored.SCALE
             and ((spec.role in roles and spec.layer in chosen) or ends.get(spec.role, False))
         }
 
     def router(
-        self, layers: Iterable[int], device: torch.device | str = "cpu"
-    ) -> dict[str, Tensor]:
-        """The gates of `layers`, by name."""
-        chosen = set(layers)
+        self,
+        layers: Iterable[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        packed: bool = False,
+    ) -> dict[str, Any]:
+        """The gates of `layers`, by name, in fp32; with `packed` in BF16 if that is `dtype`."""
+        chosen, read = set(layers), self.packed if packed else self.tensor
         return {
-            name: self.tensor(name, torch.float32, device)
+            name: read(name, dtype, device)
             for name, spec in self.specs.items()
             if spec.role is Role.ROUTER and spec.layer in chosen
         }
@@ -144,14 +181,39 @@ class Checkpoint:
         device: torch.device | str = "cpu",
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One routed expert: w1 `[I, D]`, w2 `[D, I]`, w3 `[I, D]`."""
-        prefix = f"layers.{layer}"
-        if layer >= self.config.num_hidden_layers:
-            prefix = f"mtp.{layer - self.config.num_hidden_layers}"
-        w1, w2, w3 = (
-            self.tensor(f"{prefix}.ffn.experts.{expert}.{w}.weight", dtype, device)
-            for w in ("w1", "w2", "w3")
-        )
+        name = self._expert_name(layer, expert)
+        w1, w2, w3 = (self.tensor(f"{name}.{w}.weight", dtype, device) for w in ("w1", "w2", "w3"))
         return w1, w2, w3
+
+    def packed_expert(
+        self, layer: int, expert: int, device: torch.device | str = "cpu"
+    ) -> tuple[Fp4Stack, Fp4Stack]:
+        """One routed expert in FP4: gate and up projection `[1, 2I, D]`, and the down one `[1, D, I]`.
+
+        Raises:
+            CheckpointError: a scale is NaN or out of range.
+        """
+        (a, sa), (b, sb), (c, sc) = (
+            self._fp4(layer, expert, w, device) for w in ("w1", "w2", "w3")
+        )
+        try:
+            up = fp4.pack(torch.cat([a, c]).unsqueeze(0), torch.cat([sa, sc]).unsqueeze(0))
+            return up, fp4.pack(b.unsqueeze(0), sb.unsqueeze(0))
+        except ValueError as error:
+            name = self._expert_name(layer, expert)
+            raise CheckpointError(f"{self.path}: {name}: {error}") from None
+
+    def _fp4(
+        self, layer: int, expert: int, matrix: str, device: torch.device | str
+    ) -> tuple[Tensor, Tensor]:
+        name = f"{self._expert_name(layer, expert)}.{matrix}"
+        scale = self._read(f"{name}.scale").view(torch.uint8)
+        return self._read(f"{name}.weight").to(device), scale.to(device)
+
+    def _expert_name(self, layer: int, expert: int) -> str:
+        beyond = layer - self.config.num_hidden_layers
+        prefix = f"layers.{layer}" if beyond < 0 else f"mtp.{beyond}"
+        return f"{prefix}.ffn.experts.{expert}"
 
     def everything(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The whole model, by name (small models; tests)."""

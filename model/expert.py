@@ -13,6 +13,24 @@ from torch import Tensor
 from whalepod.kernels.linear import linear
 from whalepod.kernels.swiglu import swiglu
 from whalepod.model.fidelity import Fidelity
+from whalepod.model.matrix import Matrix, Product, Weights
+
+
+class PackedExpert:
+    """One expert over matrices as they are stored: the shared one on a GPU.
+
+    Args: as of `Expert`.
+    """
+
+    def __init__(
+        self, w1: Matrix, w2: Matrix, w3: Matrix, limit: float, fidelity: Fidelity
+    ) -> None:
+        self.up, self.down = Product([w1, w3], fidelity), Product([w2], fidelity)
+        self.limit = limit
+
+    def __call__(self, x_MD: Tensor, weight_M: Tensor | None = None) -> Tensor:
+        """As `Expert`."""
+        return self.down(swiglu(self.up(x_MD), self.limit, weight_M))
 
 
 class Expert:
@@ -51,3 +69,12 @@ class Expert:
         gate_up = linear(self.fidelity.linear_input(x_MD), self.w13)
         inner = swiglu(gate_up, self.limit, weight_M)
         return linear(self.fidelity.linear_input(inner), self.w2)
+
+
+def shared_expert(
+    weights: Weights, prefix: str, limit: float, fidelity: Fidelity
+) -> Expert | PackedExpert:
+    """The expert of `{prefix}.w1/w2/w3.weight`, however they are stored."""
+    w1, w2, w3 = (weights[f"{prefix}.{w}.weight"] for w in ("w1", "w2", "w3"))
+    kind = Expert if all(isinstance(w, Tensor) for w in (w1, w2, w3)) else PackedExpert
+    return kind(w1, w2, w3, limit, fidelity)

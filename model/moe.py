@@ -14,11 +14,13 @@ from whalepod.kernels.combine import combine
 from whalepod.kernels.experts import run_pairs
 from whalepod.model.expert import Expert
 from whalepod.model.gate import Routes
+from whalepod.model.stack import ExpertStack
+
+# The experts of a layer that are here.
+Table = Mapping[int, Expert] | ExpertStack
 
 
-def run_experts(
-    x_ND: Tensor, experts: list[int], weights_N: Tensor, table: Mapping[int, Expert]
-) -> Tensor:
+def run_experts(x_ND: Tensor, experts: list[int], weights_N: Tensor, table: Table) -> Tensor:
     """Run row n through expert `experts[n]` with weight `weights_N[n]`.
 
     Rows of one expert go through it together; the result does not depend on that.
@@ -26,7 +28,10 @@ def run_experts(
     Returns:
         `[N, D]` in the dtype of `x_ND`, row n for row n.
     """
-    return _pairs(x_ND, torch.tensor(experts, device=x_ND.device), weights_N, 1, table)
+    at = torch.tensor(experts, device=x_ND.device)
+    if isinstance(table, ExpertStack):
+        return table(x_ND, at.unsqueeze(1), weights_N.unsqueeze(1)).squeeze(1)
+    return _pairs(x_ND, at, weights_N, 1, table)
 
 
 def _pairs(
@@ -37,8 +42,10 @@ def _pairs(
     return run_pairs(x_MD, experts_N, weights_N, share, table, one.limit, rounding)
 
 
-def mixture(x_TD: Tensor, routes: Routes, table: Mapping[int, Expert]) -> Tensor:
+def mixture(x_TD: Tensor, routes: Routes, table: Table) -> Tensor:
     """Run every token through its experts and add up, `[T, D]` fp32."""
+    if isinstance(table, ExpertStack):
+        return combine(table(x_TD, routes.experts_TK, routes.weights_TK))
     tokens, k = routes.experts_TK.shape
     parts = _pairs(x_TD, routes.experts_TK.flatten(), routes.weights_TK.flatten(), k, table)
     return combine(parts.view(tokens, k, -1))

@@ -6,15 +6,13 @@ Source: DeepSeek-V4 inference/model.py, MTPBlock.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from whalepod.kernels.linear import linear
 from whalepod.kernels.rms_norm import rms_norm
 from whalepod.model.block import Block
 from whalepod.model.fidelity import Fidelity
+from whalepod.model.matrix import Product, Weights
 from whalepod.model.mhc import HyperHead
 from whalepod.model.shape import ModelConfig
 
@@ -31,20 +29,16 @@ class MTP:
     def __init__(
         self,
         config: ModelConfig,
-        weights: Mapping[str, Tensor],
+        weights: Weights,
         freqs: Tensor,
         dtype: torch.dtype,
         fidelity: Fidelity,
     ) -> None:
-        self.layer, self.eps, self.fidelity = (
-            config.num_hidden_layers,
-            config.rms_norm_eps,
-            fidelity,
-        )
+        self.layer, self.eps = config.num_hidden_layers, config.rms_norm_eps
         self.block = Block(config, self.layer, weights, self.prefix, freqs, dtype, fidelity)
         self.head = HyperHead(config, weights, f"{self.prefix}.hc_head")
-        self.e_proj = weights[f"{self.prefix}.e_proj.weight"]
-        self.h_proj = weights[f"{self.prefix}.h_proj.weight"]
+        self.e_proj = Product([weights[f"{self.prefix}.e_proj.weight"]], fidelity)
+        self.h_proj = Product([weights[f"{self.prefix}.h_proj.weight"]], fidelity)
         self.enorm, self.hnorm, self.norm = (
             weights[f"{self.prefix}.{n}.weight"] for n in ("enorm", "hnorm", "norm")
         )
@@ -59,10 +53,9 @@ class MTP:
         Returns:
             `[T, C, D]`, the streams that enter the block.
         """
-        fine = self.fidelity.linear_input
-        e_TD = linear(fine(rms_norm(next_embedding_TD, self.enorm, self.eps)), self.e_proj)
-        z = fine(rms_norm(x_TCD, self.hnorm, self.eps)).flatten(0, 1)
-        return linear(z, self.h_proj).view(x_TCD.shape) + e_TD.unsqueeze(1)
+        e_TD = self.e_proj(rms_norm(next_embedding_TD, self.enorm, self.eps))
+        z = rms_norm(x_TCD, self.hnorm, self.eps).flatten(0, 1)
+        return self.h_proj(z).view(x_TCD.shape) + e_TD.unsqueeze(1)
 
     def collapse(self, z_TCD: Tensor) -> Tensor:
         """Streams after the block -> the LM head's input, `[T, D]`."""

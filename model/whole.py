@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from whalepod.errors import OutOfBlocks
-from whalepod.kernels.linear import linear
+from whalepod.kernels.linear import linear_wide
 from whalepod.model.batch import Batch, Span
 from whalepod.model.block import Block
 from whalepod.model.cache import Cache
@@ -131,7 +131,7 @@ class WholeModel:
         z_TCD = self.mtp.join(x_TCD[:-1], self.embedding[after.ids_T])
         z_TCD = self._layer(self.mtp.block, z_TCD, after)
         self.release(state)
-        return linear(self.mtp.collapse(z_TCD).float(), self.head.weight_VD)
+        return linear_wide(self.mtp.collapse(z_TCD), self.head.weight_VD)
 
     def _batch(self, states: Sequence[State], chunks: Sequence[Sequence[int]]) -> Batch:
         spans, row = [], 0

@@ -90,6 +90,10 @@ class Engine(Section):
         le=3,
         description="tokens the MTP block drafts ahead, where that pays; 0: none",
     )
+    cuda_graphs: bool = Field(
+        default=True,
+        description="run decode steps of layout single as CUDA graphs; false: kernel by kernel",
+    )
     prefix_snapshots: int = Field(
         default=32,
         ge=0,
