@@ -18,6 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# Triton 3.7 has renamed it.
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
 
 @gluon.jit
 def entry_rows(tile, where, rows, listed, table, width, RT: gl.constexpr, BN: gl.constexpr,
@@ -102,7 +105,7 @@ def attend(
         kv = buffers.index((tile - first) % 2)
         async_copy.wait_group(0)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         z = warpgroup_mma(query, kv.permute((1, 0)), none, use_acc=False, is_async=True)
         if tile + 1 < stop:
             fetch(buffers.index((tile + 1 - first) % 2), tile + 1, row, own, position, slot, reach,
@@ -161,9 +164,9 @@ def read_query(to, q, t, block, HEADS, H: gl.constexpr, D: gl.constexpr, L: gl.c
 @gluon.jit
 def write_rows(to, x, through, first, count, D: gl.constexpr, L: gl.constexpr):
     """Store `[H, D]` as rows `first ..` of D values, only those below `count`, in whole lines."""
-    gl.thread_barrier()
+    barrier()
     through.store(x)
-    gl.thread_barrier()
+    barrier()
     x = through.load(L)
     row = first + gl.arange(0, x.shape[0], gl.SliceLayout(1, L))
     dims = gl.arange(0, D, gl.SliceLayout(0, L))
@@ -253,7 +256,7 @@ def prefill_kernel(
             entries = gl.minimum(entries, listed)
         tiles = RT + gl.cdiv(entries, BN)
         where, own = t if LISTED else gl.load(sequences + t).to(gl.int32), FIRST + t
-        gl.thread_barrier()
+        barrier()
         read_query(query, q, t, block, HEADS, H, D, L)
         m = gl.load(sink + head, mask=head < HEADS, other=0.0) * 1.4426950408889634
         total = gl.full([H], 1.0, gl.float32, gl.SliceLayout(1, SCORES))

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from whalepod.kernels.hadamard import hadamard
-from whalepod.kernels.jit import runs
 from whalepod.kernels.quantise import (
     FP4_GROUP,
     FP4_MAX,
@@ -124,6 +123,4 @@ def _exponents(scale: Tensor) -> Tensor:
     return (scale.squeeze(-1).contiguous().view(torch.int32) >> 23).to(torch.uint8)
 
 
-from whalepod.kernels import entries_triton as _twins  # noqa: E402
-
-round_rows.twin("triton", runs)(_twins.round_rows)
+from whalepod.kernels import entries_triton  # noqa: E402, F401  (registers a twin)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whalepod.kernels.entries import KV_BLOCK, Pages, Rounding, Storage
-from whalepod.kernels.jit import FIXED, INTERPRETED, jit, tl, triton
+from whalepod.kernels.entries import KV_BLOCK, Pages, Rounding, Storage, round_rows
+from whalepod.kernels.jit import FIXED, INTERPRETED, jit, runs, tl, triton
 from whalepod.kernels.narrow import e2m1, e4m3, exponent_above, power, rounded
 from whalepod.kernels.quantise import FP4_GROUP
 
@@ -158,8 +158,8 @@ def _round_kernel(
     tl.store(out + row[:, None] * D + d[None, :], rounded(value, KIND, CUTS), mask=kept)
 
 
-def round_rows(x: Tensor, rounding: Rounding, rotary: int = 0) -> Tensor:
-    """Twin of `entries.round_rows`."""
+@round_rows.twin("triton", runs)
+def _round_rows(x: Tensor, rounding: Rounding, rotary: int = 0) -> Tensor:
     if rounding == "none":
         return x
     x, size = x.contiguous(), x.shape[-1]

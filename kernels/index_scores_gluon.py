@@ -16,6 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from whalepod.kernels.index_scores_triton import FP4_TO_BF16, FP8_TO_BF16
 
+# Triton 3.7 has renamed it.
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
 
 @gluon.jit
 def blocks_of(entry, table, room, PER: gl.constexpr):
@@ -167,29 +170,29 @@ def scores_kernel(
             ahead = at + 3 * BN + row
             scale = 1.0
             if KIND == "fp4":
-                gl.thread_barrier()
+                barrier()
                 widen_fp4(codes, scales, evens, odds, BN)
                 codes, scales, codes1, scales1 = codes1, scales1, codes2, scales2
                 codes2, scales2 = read_fp4(ahead, block3, stop, keys, STRIDE, PER, L)
                 fence_async_shared()
-                gl.thread_barrier()
+                barrier()
                 z = warpgroup_mma(evens, low.permute((1, 0)), none, use_acc=False, is_async=True)
                 z = warpgroup_mma(odds, high.permute((1, 0)), z, is_async=True)
                 scale = 67108864.0
             elif KIND == "fp8":
                 scale = gl.convert_layout(scales, gl.SliceLayout(1, Z))
-                gl.thread_barrier()
+                barrier()
                 widen_fp8(codes, buffer, BN)
                 codes, scales, codes1, scales1 = codes1, scales1, codes2, scales2
                 codes2, scales2 = read_fp8(ahead, block3, stop, keys, STRIDE, PER, L)
                 fence_async_shared()
-                gl.thread_barrier()
+                barrier()
                 z = warpgroup_mma(buffer, query.permute((1, 0)), none, use_acc=False, is_async=True)
             else:
                 turn = (at - first) // BN
                 async_copy.wait_group(2)
                 fence_async_shared()
-                gl.thread_barrier()
+                barrier()
                 z = warpgroup_mma(
                     buffers.index(turn % 4), query.permute((1, 0)), none, use_acc=False,
                     is_async=True,

@@ -94,8 +94,9 @@ class Batch:
         """Count the decoding spans, which must come first."""
         counts = [span.count for span in self.spans]
         self.decoding = next((i for i, n in enumerate(counts) if n > 1), len(counts))
-        slots, device = [s.slot for s in self.decoders], self.ids_T.device
-        self.slots_D = torch.tensor(slots, dtype=torch.int64, device=device)
+        slots = torch.tensor([s.slot for s in self.decoders], dtype=torch.int64)
+        # A pass without spans may be on its way into a graph, where nothing comes from the host.
+        self.slots_D = slots.to(self.ids_T.device) if self.spans else self.ids_T[:0]
 
     @classmethod
     def of(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from whalepod.kernels.gate import gate
-from whalepod.kernels.linear import linear
+from whalepod.kernels.linear import linear_wide
 from whalepod.kernels.routes import choose_experts
 from whalepod.model.shape import ModelConfig
 
@@ -68,7 +68,7 @@ class Gate:
             count, factor = self.config.num_experts_per_tok, self.config.routed_scaling_factor
             given = (self.bias_E, self.table_VK, token_ids_T)
             return Routes(*gate(x_TD, self.weight_ED, count, factor, *given))
-        logits_TE, given_TK = linear(x_TD.float(), self.weight_ED), None
+        logits_TE, given_TK = linear_wide(x_TD, self.weight_ED), None
         if self.table_VK is not None:
             given_TK = self.table_VK[token_ids_T.clamp(0, self.table_VK.shape[0] - 1)]
         count, factor = self.config.num_experts_per_tok, self.config.routed_scaling_factor

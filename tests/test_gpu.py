@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
+from demo.documents.recall import stories
 from test_layouts import LAYOUTS, requests
 
 from whalepod.cluster.fabric import Rendezvous, connect, exchange
 from whalepod.config import Config
 from whalepod.engine.local import open_engine
+from whalepod.engine.request import Request, Sampling
 from whalepod.engine.source import Source
 from whalepod.model.checkpoint import Checkpoint
+from whalepod.model.tokenizer import Tokenizer
+
+DEMO = Path("models/demo")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,6 +51,46 @@ def test_layouts_on_cuda_give_the_tokens_of_the_cpu(name: str | None, tiny: Path
     torch.backends.cuda.matmul.allow_tf32 = False
     topology = LAYOUTS[name] if name else {"layout": "single"}
     assert tokens(tiny, topology, "cuda") == tokens(tiny, {"layout": "single"}, "cpu")
+
+
+def drawn(device: str, **changes: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """Greedy tokens of the demo model for the beginnings of 20 stories."""
+    rng = Random(3)
+    tokenizer, fill = Tokenizer.open(DEMO), stories(rng)
+    assert tokenizer is not None
+    config = Config.from_dict(
+        {
+            "model": {"path": str(DEMO), **changes.get("model", {})},
+            "topology": {"layout": "single"},
+            "engine": changes.get("engine", {}),
+        }
+    )
+    todo = [
+        Request(f"r{i}", tuple(tokenizer.encode_text(fill(300 + 60 * i))), 24, Sampling(0.0))
+        for i in range(20)
+    ]
+    out: dict[str, list[tuple[int, float]]] = {}
+    with torch.inference_mode():
+        engine = open_engine(config, Source(config.model, Checkpoint.open(DEMO), device))
+        for event in engine.run(todo):
+            out.setdefault(event.request_id, []).append((event.token, event.logprob))
+        engine.close()
+    return out
+
+
+def test_the_demo_model_gives_the_tokens_of_the_cpu() -> None:
+    wanted = {k: [t for t, _ in v] for k, v in drawn("cpu").items()}
+    assert {k: [t for t, _ in v] for k, v in drawn("cuda").items()} == wanted
+    assert len(wanted) == 20
+
+
+@pytest.mark.parametrize("fidelity", ["plain", "released"])
+def test_graphs_give_the_bits_of_single_launches(fidelity: str) -> None:
+    model = {"dtype": "bf16", "fidelity": fidelity}
+    alone = drawn("cuda", model=model, engine={"cuda_graphs": False})
+    assert drawn("cuda", model=model) == alone
+    few = drawn("cuda", model=model, engine={"max_batch": 3, "max_step_tokens": 200})
+    assert few == alone, "neither company nor chunks change a bit"
 
 
 def test_nccl_groups_are_made_and_aborted_epoch_by_epoch() -> None:
