@@ -59,6 +59,12 @@ class DecodeGraphs:
         self._places: tuple[int, ...] = ()
         self._pool = torch.cuda.graph_pool_handle() if capture else None
 
+    @staticmethod
+    def able(stage: AttentionStage) -> bool:
+        """Whether steps of a stage can be captured: the attention kernels take BF16 alone."""
+        whole = len(stage.layers) == stage.config.num_hidden_layers
+        return whole and stage.device.type == "cuda" and stage.dtype == torch.bfloat16
+
     def run(
         self, micro_batch: MicroBatch, experts: LocalExperts
     ) -> tuple[Batch, Tensor, Tensor] | None:

@@ -60,9 +60,8 @@ class Member:
         blocks = max(1, engine.kv_tokens // 128)
         slots = engine.max_batch + engine.prefix_snapshots
         stage = self.stage = self.source.stage(layers, slots=slots, blocks=blocks)
-        if self.config.engine.cuda_graphs and stage.device.type == "cuda":
-            whole = layers == self.model.layers
-            stage.graphs = DecodeGraphs(stage) if whole else None
+        if self.config.engine.cuda_graphs and DecodeGraphs.able(stage):
+            stage.graphs = DecodeGraphs(stage)
         if layers.start:
             self._later = LaterStage(stage)
             return

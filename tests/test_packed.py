@@ -18,6 +18,7 @@ from whalepod.engine.local import SingleEngine, ThreadedEngine
 from whalepod.engine.request import Request, Sampling
 from whalepod.engine.source import Source
 from whalepod.kernels.fp4_experts import fp4_experts
+from whalepod.kernels.jit import INTERPRETED
 from whalepod.kernels.registry import Kernel
 from whalepod.model.checkpoint import Checkpoint
 from whalepod.model.stack import ExpertStack
@@ -135,6 +136,7 @@ def test_passes_of_tables_give_what_passes_of_spans_give(tiny: Path) -> None:
 
 
 @pytest.mark.triton
+@pytest.mark.skipif(not INTERPRETED, reason="test_gpu.py does so on a GPU")
 def test_kernels_run_the_whole_model(tiny: Path) -> None:
     todo = [Request(f"r{i}", (5, 9, 12, 7, 3)[: 5 - i], 2, Sampling(0.0)) for i in range(2)]
     want = run(tiny, False, todo=todo)
