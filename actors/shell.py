@@ -51,6 +51,8 @@ class Shell:
         # Members share the machine's cores; one thread each keeps them out of each other's way,
         # and results independent of the core count.
         torch.set_num_threads(1)
+        logging.basicConfig()
+        logging.getLogger("whalepod").setLevel(logging.INFO)
         # The serving thread gives the interpreter up at every tensor operation and must get it back
         # soon, however long the event loop beside it could go on (the default is 5 ms).
         sys.setswitchinterval(_SWITCH_S)

@@ -83,7 +83,7 @@ class Slice:
                 rings.normal_()
             for part in (layer.main, layer.index):
                 if part is not None:
-                    part.entries.normal_()
+                    part.stored.normal_()
         found = {layer: gate for layer, gate in gates.items() if isinstance(gate, CountingGate)}
         embedding = stage.embedding.nbytes
         return cls(config, stage, LocalExperts(gates, tables), found, each, weights - embedding)

@@ -124,7 +124,7 @@ def block_bytes(engine: SingleEngine) -> float:
     assert engine.member.stage is not None
     cache = engine.member.stage.cache
     pools = [p for c in cache.layers.values() for p in (c.main, c.index) if p is not None]
-    return sum(p.entries.nbytes for p in pools) / cache.blocks
+    return sum(p.stored.nbytes for p in pools) / cache.blocks
 
 
 def run(engine: SingleEngine, text: Text, length: int) -> Reading:

@@ -16,7 +16,7 @@ from whalepod.engine.experts import Experts
 from whalepod.engine.graph import DecodeGraphs
 from whalepod.model.batch import Batch
 from whalepod.model.block import Block, Half
-from whalepod.model.cache import Cache
+from whalepod.model.cache import Cache, Format
 from whalepod.model.fidelity import Fidelity
 from whalepod.model.rope import frequencies
 from whalepod.model.shape import ModelConfig
@@ -29,6 +29,7 @@ class AttentionStage:
     Args:
         weights: official names; those of these layers, and `embed.weight` or the head's where due.
         slots, blocks: room for sequences and for blocks of compressed entries.
+        format: how those are stored.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class AttentionStage:
         dtype: torch.dtype,
         fidelity: Fidelity,
         device: torch.device | str = "cpu",
+        format: Format = "plain",
     ) -> None:
         self.config, self.layers, self.dtype = config, layers, dtype
         self.device = torch.device(device)
@@ -55,7 +57,10 @@ class AttentionStage:
         self.head = Head(config, weights) if last else None
         self.drafter: Drafter | None = None
         self.graphs: DecodeGraphs | None = None
-        self.cache = Cache(config, layers, slots=slots, blocks=blocks, dtype=dtype, device=device)
+        self.weight_bytes = sum(w.nbytes for w in weights.values())
+        self.cache = Cache(
+            config, layers, slots=slots, blocks=blocks, dtype=dtype, device=device, format=format
+        )
 
     def embed(self, batch: Batch) -> Tensor:
         """Streams that enter layer 0, `[T, C, D]`."""

@@ -18,6 +18,12 @@ class Announcement:
     stop: bool = False
 
 
+def stage_layers(layers: int, stages: int) -> tuple[range, ...]:
+    """Contiguous layers of each pipeline stage, as even as they can be."""
+    bounds = [layers * s // stages for s in range(stages + 1)]
+    return tuple(range(a, b) for a, b in pairwise(bounds))
+
+
 @dataclass(frozen=True, slots=True)
 class Lanes:
     """The routes of an epoch.
@@ -40,10 +46,9 @@ class Lanes:
     def of(cls, epoch: Epoch, num_layers: int) -> Lanes:
         """Read the lanes off an epoch."""
         stages = epoch.stages
-        bounds = [num_layers * s // stages for s in range(stages + 1)]
         return cls(
             epoch.id,
-            tuple(range(a, b) for a, b in pairwise(bounds)),
+            stage_layers(num_layers, stages),
             tuple(tuple(epoch.attention_ranks(s)) for s in range(stages)),
             tuple(epoch.router_ranks) if epoch.router == "own" else (),
             tuple(epoch.rank_of(name) for name in epoch.placement.shards),

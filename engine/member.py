@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
@@ -11,8 +12,9 @@ from whalepod.config import Config
 from whalepod.engine.attention import AttentionStage
 from whalepod.engine.expert import ExpertShard
 from whalepod.engine.graph import DecodeGraphs
-from whalepod.engine.lanes import Lanes
+from whalepod.engine.lanes import Lanes, stage_layers
 from whalepod.engine.loop import EngineLoop
+from whalepod.engine.memory import activation_bytes, blocks_within, kv_format, memory_table
 from whalepod.engine.request import TokenEvent
 from whalepod.engine.router import Router
 from whalepod.engine.scheduler import Scheduler
@@ -25,6 +27,8 @@ from whalepod.engine.session import (
 )
 from whalepod.engine.source import Source
 from whalepod.model.shape import ModelConfig
+
+log = logging.getLogger(__name__)
 
 
 def context_limit(config: Config, model: ModelConfig) -> int:
@@ -57,9 +61,15 @@ class Member:
     def open_attention(self, layers: range) -> None:
         """Load the attention side of `layers`, and open the queue if they start the model."""
         engine = self.config.engine
-        blocks = max(1, engine.kv_tokens // 128)
+        stages = stage_layers(self.model.num_hidden_layers, self.config.topology.stages)
+        blocks = blocks_within(self.config, self.model, stages, self.source.packed)
         slots = engine.max_batch + engine.prefix_snapshots
-        stage = self.stage = self.source.stage(layers, slots=slots, blocks=blocks)
+        stage = self.stage = self.source.stage(
+            layers, slots=slots, blocks=blocks, format=kv_format(self.config, self.model)
+        )
+        size = activation_bytes(self.model, engine.max_step_tokens, stage.dtype.itemsize)
+        budget = engine.memory_gib
+        log.info(memory_table(self.name, stage.weight_bytes, stage.cache, size, budget))
         if self.config.engine.cuda_graphs and DecodeGraphs.able(stage):
             stage.graphs = DecodeGraphs(stage)
         if layers.start:

@@ -11,6 +11,7 @@ from whalepod.engine.expert import ExpertShard, Held, Loaded, fill
 from whalepod.engine.router import Router
 from whalepod.errors import ConfigError
 from whalepod.kernels.registry import load_twins
+from whalepod.model.cache import Format
 from whalepod.model.checkpoint import Checkpoint
 from whalepod.model.expert import Expert
 from whalepod.model.fidelity import Fidelity
@@ -78,7 +79,9 @@ class Source:
         w1, w2, w3 = self.checkpoint.expert(layer, expert, dtype=self.dtype, device=self.device)
         return Expert(w1, w2, w3, self.config.swiglu_limit, self.fidelity)
 
-    def stage(self, layers: range, *, slots: int, blocks: int) -> AttentionStage:
+    def stage(
+        self, layers: range, *, slots: int, blocks: int, format: Format = "plain"
+    ) -> AttentionStage:
         """Read the attention side of some layers, and the ends of the model that go with them."""
         weights = self.checkpoint.attention(
             layers,
@@ -97,6 +100,7 @@ class Source:
             dtype=self.dtype,
             fidelity=self.fidelity,
             device=self.device,
+            format=format,
         )
 
     def drafter(self, stage: AttentionStage, *, slots: int) -> Drafter:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from whalepod.kernels.entries import Pages
 from whalepod.kernels.registry import Kernel
 
 # Of packed keys: bytes of an entry's data and of its scales, for 128 dims.
@@ -37,6 +39,22 @@ def unpack_keys(pages: Tensor, per: int, kind: KeyFormat) -> Tensor:
     values = torch.tensor([*_FP4, *(-v for v in _FP4)], device=pages.device)[codes]
     wide = values.unflatten(1, (4, 32)) * torch.exp2(tail.float() - 127).unsqueeze(-1)
     return wide.flatten(1)
+
+
+def read_keys(storage: Tensor | Pages, rows: Tensor) -> Tensor:
+    """Keys of flat rows, `[..., I]`: as they lie, or widened to fp32 from pages in FP4.
+
+    Args:
+        rows: int64, any shape.
+    """
+    if not isinstance(storage, Pages):
+        return F.embedding(rows, storage)
+    flat, per, (data, scales) = rows.flatten(), storage.count, SIZES["fp4"]
+    page, place = (flat // per).unsqueeze(-1), (flat % per).unsqueeze(-1)
+    lane = torch.arange(data, device=rows.device)
+    body = storage.bytes[page, place * data + lane]
+    tail = storage.bytes[page, per * data + place * scales + lane[:scales]]
+    return unpack_keys(torch.cat([body, tail], 1), 1, "fp4").view(*rows.shape, -1)
 
 
 @Kernel

@@ -9,8 +9,10 @@ Legend: N lists, K entries of a list, D head_dim, B blocks of a list.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from whalepod.kernels.entries import Pages
 from whalepod.kernels.jit import jit, runs, tl, triton
 from whalepod.kernels.registry import Kernel
 
@@ -59,6 +61,18 @@ def unpack(
     wide = (codes.unflatten(-1, (-1, GROUP)) * scales.unsqueeze(-1)).flatten(-2)
     tail = raw[..., plain:].contiguous().view(torch.bfloat16)
     return torch.cat([wide.to(torch.bfloat16), tail], dim=-1)
+
+
+def read_entries(storage: Tensor | Pages, rows: Tensor, dims: int) -> Tensor:
+    """Entries of flat rows, `[..., D]`: as they lie, or widened to bf16 from pages of key/value entries.
+
+    Args:
+        rows: int64, any shape; all of them are read.
+    """
+    if isinstance(storage, Pages):
+        found = unpack(storage.bytes, dims, storage.count, rows.reshape(1, -1), False)
+        return found.view(*rows.shape, dims)
+    return F.embedding(rows, storage)
 
 
 @jit

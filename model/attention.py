@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from whalepod.kernels.attend import attend, keep_rows
 from whalepod.kernels.entries import Rounding
+from whalepod.kernels.index_scores import read_keys
 from whalepod.kernels.linear import grouped_linear, linear
 from whalepod.kernels.rms_norm import rms_norm
 from whalepod.kernels.rotary import norm_rotate
 from whalepod.kernels.select import select
 from whalepod.kernels.sink_attention import sink_attention
+from whalepod.kernels.unpack import read_entries
 from whalepod.kernels.window import window_rows
 from whalepod.model.batch import Batch, Span
 from whalepod.model.cache import LayerCache
@@ -95,7 +96,7 @@ class Attention:
         )
         low = fidelity.linear_input(rms_norm(low, self.q_norm, config.rms_norm_eps))
         turns = batch.turns(self.freqs)
-        if self.exact and attend.has_twin(x_TD.device.type):
+        if self.exact and cache.plain and attend.has_twin(x_TD.device.type):
             return self._project(self._rowwise(x_TD, low, kv, turns, batch, cache))
         kv = window_rows(kv, self.kv_norm, turns, config.rms_norm_eps, self.rounding)
         up = linear(low, self.w_up)
@@ -134,12 +135,12 @@ class Attention:
         if self.compressor is not None and cache.main is not None and self.w_raw is not None:
             parts = linear(x_TD, self.w_raw).split(self.raw_sizes, dim=-1)
             self.compressor.update_rows(parts[0], batch, cache.main)
-            entries, listed = cache.main.entries, batch.entries(self.ratio)[0]
+            entries, listed = cache.main.stored, batch.entries(self.ratio)[0]
             if self.indexer is not None and cache.index is not None:
                 self.indexer.compressor.update_rows(parts[1], batch, cache.index)
                 if listed.most > self.indexer.topk:
                     raw = linear(low, self.w_index)
-                    listed = self.indexer.pick(raw, parts[2], turns, cache.index.entries, listed)
+                    listed = self.indexer.pick(raw, parts[2], turns, cache.index.stored, listed)
         out = attend(q, kv, cache.window, rows, entries, listed, self.sink_H, turns)
         keep_rows(cache.window, kv, rows, batch.decoding)
         for span in batch.chunks:
@@ -183,7 +184,7 @@ class Attention:
             else:
                 view = batch.decode_view(self.ratio)
                 rows, real = view.entries_DE, view.seen_DE
-            entries = F.embedding(rows, cache.main.entries), real.unsqueeze(1)
+            entries = self._read(rows, cache), real.unsqueeze(1)
         q = q_THD[:n].unsqueeze(1)
         at = positions % window, positions // window
         return sink_attention(q, (ring, ring), *at, entries, self.sink_H).squeeze(1)
@@ -223,6 +224,11 @@ class Attention:
             before = ring
         return out
 
+    def _read(self, rows: Tensor, cache: LayerCache) -> Tensor:
+        """Entries of flat pool rows, in the compute type."""
+        assert cache.main is not None
+        return read_entries(cache.main.entries, rows, self.config.head_dim).to(self.dtype)
+
     def _portions(self, rows: slice) -> list[slice]:
         """Cut rows so that what their own entries occupy stays within bounds."""
         if self.indexer is None:
@@ -248,15 +254,15 @@ class Attention:
         positions = batch.positions_T[span.rows][rows].unsqueeze(-1)
         visible = torch.arange(count, device=pool.device) < (positions + 1) // self.ratio
         if self.indexer is None or count <= self.indexer.topk:
-            return F.embedding(pool, cache.main.entries).unsqueeze(0), visible.unsqueeze(0)
+            return self._read(pool, cache).unsqueeze(0), visible.unsqueeze(0)
         assert picked is not None
         assert cache.index is not None
         at = slice(span.row + rows.start, span.row + rows.stop)
         scores = self.indexer.score(
             picked[0][at].unsqueeze(0),
             picked[1][at].unsqueeze(0),
-            F.embedding(pool, cache.index.entries).unsqueeze(0),
+            read_keys(cache.index.entries, pool).to(self.dtype).unsqueeze(0),
         ).squeeze(0)
         best = select(scores.masked_fill_(~visible, float("-inf")), self.indexer.topk)
-        chosen = F.embedding(pool[best], cache.main.entries)
+        chosen = self._read(pool[best], cache)
         return chosen.unsqueeze(0), visible.gather(1, best).unsqueeze(0)

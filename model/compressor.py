@@ -83,7 +83,7 @@ class Compressor:
         turns_TP = batch.window_turns(self.freqs, self.ratio) if some else batch.turns(self.freqs)
         pool_entries(
             *(rows, self.how.ape_JC, state.raw, batch.layout.rows, batch.decoding, closed_T),
-            *(self.how.norm_D, turns_TP, self.how.eps, state.entries),
+            *(self.how.norm_D, turns_TP, self.how.eps, state.stored),
         )
         for span in batch.chunks:
             positions = batch.positions_T[span.rows]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.decode_attention import Entries, decode_attention
-from whalepod.kernels.entries import Rounding, round_rows
+from whalepod.kernels.entries import Pages, Rounding, round_rows
 from whalepod.kernels.fp8_linear import Fp8Matrix, fp8_linear
-from whalepod.kernels.index_scores import index_scores
+from whalepod.kernels.index_scores import KeyFormat, index_scores
 from whalepod.kernels.linear import grouped_linear, linear_wide
 from whalepod.kernels.prefill_attention import prefill_attention
 from whalepod.kernels.rms_norm import rms_norm
@@ -24,7 +24,7 @@ from whalepod.kernels.rotary import norm_rotate
 from whalepod.kernels.select import select
 from whalepod.kernels.window import window_rows
 from whalepod.model.batch import Batch
-from whalepod.model.cache import LayerCache
+from whalepod.model.cache import Compressed, LayerCache
 from whalepod.model.compressor import Compressor
 from whalepod.model.fidelity import Fidelity
 from whalepod.model.matrix import Product, Weights
@@ -104,13 +104,13 @@ class DeviceAttention:
         self.compressor.update(parts[0], batch, cache.main)
         seen_T = ((batch.positions_T + 1) // self.ratio).int()
         per = batch.block_tokens // self.ratio
-        some = Entries(cache.main.entries, seen_T, table_SB=batch.paged.table_SB, per=per)
+        some = Entries(cache.main.stored, seen_T, table_SB=batch.paged.table_SB, per=per)
         if self.index is None or cache.index is None:
             return some
         self.index.compressor.update(parts[1], batch, cache.index)
         if some.most <= self.index.topk:
             return some
-        rows = self.index.choose(low, parts[2], turns, batch, some, cache.index.entries)
+        rows = self.index.choose(low, parts[2], turns, batch, some, cache.index)
         return Entries(some.pool, seen_T.clamp(max=self.index.topk), rows_NK=rows, per=per)
 
     def _attend(
@@ -171,7 +171,7 @@ class Index:
         turns: Tensor,
         batch: Batch,
         seen: Entries,
-        keys: Tensor,
+        state: Compressed,
     ) -> Tensor:
         """Flat pool rows of the best entries, `[T, K]`; those that a row sees come first."""
         table, per = batch.paged.table_SB, seen.per
@@ -182,8 +182,9 @@ class Index:
         for first in range(0, len(q), count):
             part = slice(first, first + count)
             sequences = batch.paged.sequences_T[part]
+            kind: KeyFormat = "fp4" if isinstance(state.entries, Pages) else "rows"
             scores = index_scores(
-                q[part], gate[part], keys, "rows", per, table, sequences, seen.seen_N[part]
+                q[part], gate[part], state.stored, kind, per, table, sequences, seen.seen_N[part]
             )
             best = select(scores, self.topk)
             blocks = table[sequences.long()].gather(1, best // per).long()

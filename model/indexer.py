@@ -14,6 +14,7 @@ from torch import Tensor
 
 from whalepod.kernels.attend import Listed
 from whalepod.kernels.choose import choose_entries
+from whalepod.kernels.index_scores import read_keys
 from whalepod.kernels.rotary import norm_rotate
 from whalepod.kernels.select import select
 from whalepod.model.batch import Batch
@@ -39,7 +40,7 @@ class Indexer:
         dtype: torch.dtype,
         fidelity: Fidelity,
     ) -> None:
-        self.config, self.freqs, self.fidelity = config, freqs, fidelity
+        self.config, self.freqs, self.fidelity, self.dtype = config, freqs, fidelity, dtype
         self.topk = config.index_topk
         self.scale = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
         self.wq_b = weights[f"{prefix}.wq_b.weight"]
@@ -78,6 +79,9 @@ class Indexer:
         gate = (gate_BMH * self.scale).reshape(b * m, 1, h)
         return torch.bmm(gate, raw.view(b * m, h, -1)).view(b, m, -1)[..., :entries]
 
+    def _keys(self, rows: Tensor, state: Compressed) -> Tensor:
+        return read_keys(state.entries, rows).to(self.dtype)
+
     def pick_decode(
         self, q_THI: Tensor, gate_TH: Tensor, batch: Batch, state: Compressed, ratio: int
     ) -> tuple[Tensor, Tensor]:
@@ -91,7 +95,7 @@ class Indexer:
         if rows.shape[1] <= self.topk:
             return rows, seen
         scores = self.score(
-            q_THI[:n].unsqueeze(1), gate_TH[:n].unsqueeze(1), F.embedding(rows, state.entries)
+            q_THI[:n].unsqueeze(1), gate_TH[:n].unsqueeze(1), self._keys(rows, state)
         ).squeeze(1)
         best = select(scores.masked_fill_(~seen, float("-inf")), self.topk)
         return rows.gather(1, best), seen.gather(1, best)

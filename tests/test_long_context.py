@@ -72,7 +72,7 @@ def test_65536_tokens_take_the_memory_that_the_ratios_say(prompt: tuple[int, ...
     assert again == first
 
     pools = [p for c in cache.layers.values() for p in (c.main, c.index) if p is not None]
-    bytes_held = held * sum(p.entries.nbytes for p in pools) / cache.blocks
+    bytes_held = held * sum(p.stored.nbytes for p in pools) / cache.blocks
     # Entries by the published ratios: 3 layers of ratio 4 with an index key each, 2 of ratio 128.
     assert [model.ratio(i) for i in model.layers] == [0, 0, 4, 128, 4, 128, 4]
     entries = 3 * (TOKENS + OUTPUT) // 4 * (128 + 128) + 2 * ((TOKENS + OUTPUT) // 128) * 128

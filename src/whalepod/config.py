@@ -102,6 +102,15 @@ class Engine(Section):
     kv_tokens: int = Field(
         default=131072, ge=128, description="tokens of compressed KV over all requests of a member"
     )
+    memory_gib: float | None = Field(
+        default=None,
+        gt=0,
+        description="memory of an attention member for weights, KV and activations; sets kv_tokens",
+    )
+    kv_format: Literal["auto", "plain", "released"] = Field(
+        default="auto",
+        description="how entries are stored: in model.dtype, or FP8 with FP4 index keys as released",
+    )
 
 
 Place = Literal["controller", "ingress", "attention", "experts", "router"]
@@ -160,6 +169,16 @@ class Config(Section):
             raise ValueError(
                 f"engine.draft_tokens={self.engine.draft_tokens} needs topology.stages=1 "
                 f"(found {self.topology.stages}): drafts are made where both ends of the model are"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _format_fits(self) -> Config:
+        if self.engine.kv_format == "released" and self.model.fidelity != "released":
+            raise ValueError(
+                "engine.kv_format=released needs model.fidelity=released (found "
+                f"{self.model.fidelity}): only then are entries rounded to what it stores; use "
+                "plain or auto"
             )
         return self
 
