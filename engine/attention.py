@@ -13,6 +13,7 @@ from torch import Tensor
 
 from whalepod.engine.drafter import Drafter
 from whalepod.engine.experts import Experts
+from whalepod.engine.grammar import Grammars
 from whalepod.model.batch import Batch
 from whalepod.model.block import Block, Half
 from whalepod.model.cache import Cache
@@ -53,6 +54,7 @@ class AttentionStage:
         last = layers.stop == config.num_hidden_layers
         self.head = Head(config, weights) if last else None
         self.drafter: Drafter | None = None
+        self.grammars: Grammars | None = None
         self.cache = Cache(config, layers, slots=slots, blocks=blocks, dtype=dtype, device=device)
 
     def embed(self, batch: Batch) -> Tensor:

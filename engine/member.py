@@ -59,6 +59,8 @@ class Member:
         blocks = max(1, engine.kv_tokens // 128)
         slots = engine.max_batch + engine.prefix_snapshots
         stage = self.stage = self.source.stage(layers, slots=slots, blocks=blocks)
+        if stage.head is not None or not layers.start:
+            stage.grammars = self.source.grammars()
         if layers.start:
             self._later = LaterStage(stage)
             return
@@ -76,6 +78,7 @@ class Member:
             max_queue_tokens=engine.max_queue_tokens,
             max_context=context_limit(self.config, self.model),
             draft_tokens=engine.draft_tokens,
+            grammars=stage.grammars,
         )
         if engine.draft_tokens:
             stage.drafter = self.source.drafter(stage, slots=engine.max_batch)

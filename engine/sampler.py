@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whalepod.engine.adjust import adjusted
+from whalepod.engine.adjust import adjusted, constrained
+from whalepod.engine.grammar import Grammars
 from whalepod.engine.request import Sampling
 from whalepod.kernels.draw import best_tokens, ranked
 
@@ -30,7 +31,10 @@ def uniform(seed: int, position: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A token, and its log-probability under the unmodified logits."""
+    """A token, and its log-probability under the unmodified logits.
+
+    Token -1: its grammar took more work than its limits allow, so there is none.
+    """
 
     token: int
     logprob: float
@@ -45,6 +49,7 @@ def sample(
     settings: Seq[Sampling],
     positions: Seq[int],
     histories: Seq[History | None] | None = None,
+    grammars: Grammars | None = None,
 ) -> list[Drawn]:
     """Draw one token a row.
 
@@ -53,6 +58,7 @@ def sample(
         settings: one a row.
         positions: index of the drawn token in its sequence, one a row.
         histories: the tokens before it, where the settings ask for them (`adjust`).
+        grammars: where some of them have a grammar.
 
     Returns:
         one `Drawn` a row. Greedy ties go to the lowest id.
@@ -66,11 +72,18 @@ def sample(
             history = histories[i] if histories else None
             assert history is not None
             row = adjusted(logits_NV[i], s.adjust, *history)
+            if s.adjust.grammar is not None:
+                assert grammars is not None
+                allowed_V = grammars.allowed(s, history[1][history[0] :])
+                if allowed_V is None:
+                    tokens.append(-1)
+                    continue
+                row = constrained(row, logits_NV[i], allowed_V)
         if s.temperature == 0:
             tokens.append(greedy[i] if row is None else int(row.argmax()))
         else:
             tokens.append(draw(logits_NV[i] if row is None else row, s, positions[i]))
-    at = torch.tensor(tokens, device=logits_NV.device).unsqueeze(-1)
+    at = torch.tensor(tokens, device=logits_NV.device).clamp(min=0).unsqueeze(-1)
     chosen = logits_NV.gather(1, at).squeeze(1) - norm_N
     return [Drawn(t, p) for t, p in zip(tokens, chosen.tolist(), strict=True)]
 

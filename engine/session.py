@@ -41,7 +41,7 @@ def draw(stage: AttentionStage, x: Seq[Tensor], micro_batches: Seq[MicroBatch]) 
         if rows:
             logits = stage.logits(x_TCD, rows)
             settings, positions = [s for s, _ in draws], [p for _, p in draws]
-            drawn += sample(logits, settings, positions, micro_batch.histories())
+            drawn += sample(logits, settings, positions, micro_batch.histories(), stage.grammars)
     return drawn
 
 
@@ -77,7 +77,8 @@ def settle(
         emitted: dict[int, list[int]] = {}
         for part in micro_batch.parts:
             if part.draw is not None:
-                got = [next(rest).token for _ in range(1 + part.drafts)]
+                # A draw that failed (-1) ends its request; drafting after it needs some token.
+                got = [max(0, next(rest).token) for _ in range(1 + part.drafts)]
                 emitted[part.slot] = part.emitted(got)
             wrong = 1 + part.drafts - len(emitted[part.slot]) if part.drafts else 0
             right = len(part.ids) - wrong
