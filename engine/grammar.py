@@ -1,4 +1,4 @@
-"""Which tokens a grammar lets come next; the one home of llguidance.
+"""Which tokens a grammar lets come next; the library is llguidance.
 
 Compiling takes threads of its own and is bounded; what a row may draw is a pure function of the
 grammar and the request's own tokens, so a replayed, preempted or verified request gets what it
@@ -7,7 +7,6 @@ would have got. Matchers are kept only to save work. Legend: V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,28 +16,15 @@ from threading import Lock
 import llguidance
 import numpy as np
 import torch
-from llguidance.gbnf_to_lark import gbnf_to_lark
 from torch import Tensor
 
+from whalepod.engine.grammar_rules import compiled, tokenizer_of
 from whalepod.engine.request import Grammar, Sampling
 from whalepod.errors import RequestError
 
-# Work, not time, is what the library counts, so every member refuses the same grammars: compiling
-# ends within about 0.1 s, the mask of one token within about 20 ms.
-LIMITS = llguidance.LLParserLimits(
-    initial_lexer_fuel=2_000_000,
-    step_lexer_fuel=200_000,
-    step_max_items=50_000,
-    max_lexer_states=50_000,
-    max_grammar_size=100_000,
-    verbose_errors=False,
-)
-MAX_TEXT = 1 << 16
 _COMPILED, _WALKS = 256, 512
 # Tokens a kept matcher may have to take back: drafts that were wrong, and some.
 _BACK = 8
-# Between the parts of a JSON text: a space, or a new line with its indentation; never without end.
-_SPACE = r"( |\n {0,24})?"
 
 
 class _Walk:
@@ -157,51 +143,8 @@ class Grammars:
     def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
         with self._loading:
             if self._tokenizer is None:
-                self._tokenizer = llguidance.LLTokenizer(
-                    self._read(), n_vocab=self.vocab_size, eos_token=self.eos
-                )
-        matcher = llguidance.LLMatcher(
-            self._tokenizer, source_of(grammar), log_level=0, limits=LIMITS
-        )
-        # The first mask builds much of the automaton, here and not between two steps.
-        if not matcher.is_error() and not matcher.is_stopped():
-            matcher.compute_bitmask()
-        if matcher.is_error():
-            raise RequestError(
-                f"the {_NAMES[grammar.kind]} cannot be used: {_short(matcher.get_error())}",
-                _PARAMS[grammar.kind],
-            )
-        return matcher
-
-
-_NAMES = {"json": "JSON schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
-_PARAMS = dict.fromkeys(_NAMES, "structured_outputs")
-
-
-def source_of(grammar: Grammar) -> str:
-    """The grammar in the library's words. Raises RequestError."""
-    try:
-        if grammar.kind == "json":
-            return llguidance.LLMatcher.grammar_from_json_schema(
-                grammar.text, overrides={"whitespace_pattern": _SPACE}
-            )
-        if grammar.kind == "regex":
-            return llguidance.LLMatcher.grammar_from_regex(grammar.text)
-        if grammar.kind == "choice":
-            words = (json.dumps(word) for word in json.loads(grammar.text))
-            return llguidance.LLMatcher.grammar_from_lark(f"start: {' | '.join(words)}")
-        text = grammar.text
-        lark = gbnf_to_lark(text) if "::=" in text else text
-        return llguidance.LLMatcher.grammar_from_lark(lark)
-    except RequestError:
-        raise
-    except Exception as error:  # what the library's readers raise is not declared
-        raise RequestError(
-            f"the {_NAMES[grammar.kind]} cannot be read: {_short(str(error))}",
-            _PARAMS[grammar.kind],
-        ) from None
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 400 else f"{line[:397]}..."
+                self._tokenizer = tokenizer_of(self._read(), self.vocab_size, self.eos)
+        try:
+            return compiled(self._tokenizer, grammar.kind, grammar.text)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(str(error), "structured_outputs") from None

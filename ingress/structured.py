@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from whalepod.engine.grammar import MAX_TEXT, Grammars
 from whalepod.engine.held import grammar_of
 from whalepod.engine.request import Grammar, Request
+from whalepod.engine.trial import Trial
 from whalepod.errors import RequestError
 from whalepod.ingress.options import Options
 from whalepod.model.chat import ReasoningSplitter
@@ -20,8 +20,7 @@ from whalepod.model.shape import ModelConfig
 from whalepod.model.tokenizer import Tokenizer
 
 MAX_CHOICES = 1024
-# Far beyond what a grammar within its limits takes; a machine that is slower is overloaded.
-_COMPILE_S = 30.0
+MAX_BYTES = {"json": 1 << 16, "choice": 1 << 16, "regex": 1 << 14, "grammar": 1 << 14}
 
 
 class _Body(BaseModel):
@@ -140,19 +139,18 @@ def text_of(kind: Literal["json", "regex", "choice", "grammar"], text: str, para
         size = len(text.encode())
     except UnicodeEncodeError:
         raise RequestError(f"the {kind} holds a lone surrogate, which is no text", param) from None
-    if size > MAX_TEXT or "\0" in text:
+    if size > MAX_BYTES[kind] or "\0" in text:
         raise RequestError(
-            f"the {kind} has {size} bytes; it may have {MAX_TEXT}, and no zero bytes", param
+            f"the {kind} has {size} bytes; it may have {MAX_BYTES[kind]}, and no zero bytes", param
         )
     return Grammar(kind, text)
 
 
-def grammars_of(tokenizer: Tokenizer | None, model: ModelConfig) -> Grammars | None:
-    """What checks grammars before the engine sees them; None without a tokenizer."""
+def trial_of(tokenizer: Tokenizer | None, model: ModelConfig) -> Trial | None:
+    """What tries grammars before the engine sees them; None without a tokenizer."""
     if tokenizer is None:
         return None
-    data = tokenizer.data
-    return Grammars(lambda: data, model.vocab_size, model.eos_token_id)
+    return Trial(tokenizer.data, model.vocab_size, model.eos_token_id)
 
 
 def after_reasoning(options: Options, splitter: ReasoningSplitter) -> Options:
@@ -162,22 +160,15 @@ def after_reasoning(options: Options, splitter: ReasoningSplitter) -> Options:
     return replace(options, grammar=replace(options.grammar, after=splitter.end))
 
 
-async def check_grammar(grammars: Grammars | None, request: Request) -> None:
+async def check_grammar(trial: Trial | None, request: Request) -> None:
     """Wait until a request's grammar is known to be fine. Raises RequestError with the reason."""
     grammar = grammar_of(request)
     if grammar is None:
         return
-    if grammars is None:
+    if trial is None:
         raise RequestError(
             "this checkpoint has no tokenizer, so structured output cannot be made",
             "structured_outputs",
         )
-    try:
-        # Others may wait for the same one, so leaving does not cancel it.
-        future = asyncio.shield(asyncio.wrap_future(grammars.prepare(grammar)))
-        await asyncio.wait_for(future, _COMPILE_S)
-    except TimeoutError:
-        raise RequestError(
-            f"compiling took more than {_COMPILE_S:g} s; simplify what is asked for",
-            "structured_outputs",
-        ) from None
+    # Others may wait for the same one, so leaving does not cancel it.
+    await asyncio.shield(asyncio.wrap_future(trial.check(grammar)))
