@@ -7,6 +7,7 @@ import queue
 import subprocess
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -34,6 +35,7 @@ class Trial:
         self._pool = ThreadPoolExecutor(processes, "trial")
         self._idle: queue.SimpleQueue[subprocess.Popen[str]] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        weakref.finalize(self, _end_all, self._idle)
         self._known: OrderedDict[tuple[str, str], Future[None]] = OrderedDict()
 
     def check(self, grammar: Grammar) -> Future[None]:
@@ -47,12 +49,6 @@ class Trial:
                     self._known.popitem(last=False)
             self._known.move_to_end(key)
         return found
-
-    def close(self) -> None:
-        """End the processes."""
-        self._pool.shutdown()
-        while not self._idle.empty():
-            _end(self._idle.get())
 
     def _try(self, kind: str, text: str) -> None:
         try:
@@ -100,6 +96,11 @@ class Trial:
             return ""
         finally:
             watch.cancel()
+
+
+def _end_all(idle: queue.SimpleQueue[subprocess.Popen[str]]) -> None:
+    while not idle.empty():
+        _end(idle.get())
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -143,6 +143,7 @@ def test_text_is_what_was_asked_for(together: dict[str, list[int]], tokenizer: T
     assert ended >= 2 * len(CASES) - 2
 
 
+@pytest.mark.slow
 def test_the_same_alone_and_after_preemption_and_replay(
     together: dict[str, list[int]], tokenizer: Tokenizer
 ) -> None:
