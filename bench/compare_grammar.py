@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.machine import describe
+from bench.machine import heading
 
 from whalepod.engine.grammar_rules import LIMITS
 
@@ -112,6 +112,7 @@ class Guidance:
         self.to_ids: Callable[[str], list[int]] = self.tokenizer.tokenize_str
 
     def compile(self, kind: str, text: str) -> Any:
+        """Compile a JSON schema or a regex."""
         make = self.library.LLMatcher
         source = make.grammar_from_json_schema(text) if kind == "json" else None
         matcher = make(
@@ -122,15 +123,19 @@ class Guidance:
         return matcher
 
     def start(self, compiled: Any) -> Any:
+        """A matcher of its own."""
         return compiled.deep_copy()
 
     def mask(self, matcher: Any) -> None:
+        """Compute what may come next."""
         matcher.compute_bitmask()
 
     def take(self, matcher: Any, token: int) -> bool:
+        """Go on by a token."""
         return bool(matcher.try_consume_tokens([token]))
 
     def done(self, matcher: Any) -> bool:
+        """Whether the text may end here."""
         return bool(matcher.is_accepting())
 
 
@@ -150,20 +155,25 @@ class XGrammar:
         self.bits = xgrammar.allocate_token_bitmask(1, len(vocab))
 
     def compile(self, kind: str, text: str) -> Any:
+        """Compile a JSON schema or a regex."""
         if kind == "json":
             return self.compiler.compile_json_schema(text)
         return self.compiler.compile_regex(text)
 
     def start(self, compiled: Any) -> Any:
+        """A matcher of its own."""
         return self.library.GrammarMatcher(compiled)
 
     def mask(self, matcher: Any) -> None:
+        """Compute what may come next."""
         matcher.fill_next_token_bitmask(self.bits)
 
     def take(self, matcher: Any, token: int) -> bool:
+        """Go on by a token."""
         return bool(matcher.accept_token(token))
 
     def done(self, matcher: Any) -> bool:
+        """Whether the text may end here."""
         self.mask(matcher)
         return bool(int(self.bits[0, 0]) >> 1 & 1)
 
@@ -221,12 +231,13 @@ def feature(library: Any, schema: str, unfit: str) -> str:
 
 
 def main() -> None:
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--xgrammar", help="folder with xgrammar and tvm_ffi")
     asked = parser.parse_args()
     if asked.xgrammar:
         sys.path.append(asked.xgrammar)
-    print(describe())
+    print(heading("bench/compare_grammar.py"))
     print("\n| vocabulary | grammar | library | compile ms | mask µs, median | mask µs, slowest |")
     print("|---|---|---|---|---|---|")
     libraries: list[Any] = []

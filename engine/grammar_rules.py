@@ -29,7 +29,7 @@ LIMITS = llguidance.LLParserLimits(
     max_grammar_size=100_000,
     verbose_errors=False,
 )
-# Counted repetitions beyond these can take the library minutes, at any token.
+# Counted repetitions beyond these can take the library very long, at any token.
 MAX_REPEAT, MAX_LENGTH = 1000, 10_000
 NAMES = {"json": "JSON schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
 # Between the parts of a JSON text: a space, or a new line with its indentation; never without end.
