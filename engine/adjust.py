@@ -49,5 +49,21 @@ def adjusted(logits_V: Tensor, wanted: Adjust, prompt_tokens: int, tokens: Seq[i
     return row
 
 
+def constrained(row_V: Tensor, logits_V: Tensor, allowed_V: Tensor) -> Tensor:
+    """Return a copy of `row_V` where only what a grammar allows may come.
+
+    When the other settings forbid all of it, they give way: then it is that of `logits_V`.
+
+    Args:
+        row_V: `[V]` fp32, already `adjusted`. logits_V: before that.
+        allowed_V: `[V]` bool, at least one True.
+    """
+    never = ~allowed_V.to(row_V.device)
+    row = row_V.masked_fill(never, float("-inf"))
+    if row.max() == float("-inf"):
+        row = logits_V.masked_fill(never, float("-inf"))
+    return row
+
+
 def _ids(ids: Seq[int], like: Tensor) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64, device=like.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from whalepod.engine.drafter import Drafter
 from whalepod.engine.experts import Experts
+from whalepod.engine.grammar import Grammars
 from whalepod.engine.graph import DecodeGraphs
 from whalepod.model.batch import Batch
 from whalepod.model.block import Block, Half
@@ -61,6 +62,7 @@ class AttentionStage:
         self.cache = Cache(
             config, layers, slots=slots, blocks=blocks, dtype=dtype, device=device, format=format
         )
+        self.grammars: Grammars | None = None
 
     def embed(self, batch: Batch) -> Tensor:
         """Streams that enter layer 0, `[T, C, D]`."""

@@ -52,8 +52,10 @@ class SingleEngine:
         """Submit all requests and yield events until every one has ended."""
         for request in requests:
             self.loop.submit(request)
-        while self.loop.busy:
-            self.step()
+        while self.loop.busy or self.loop.held:
+            if not self.step() and self.loop.held:
+                self.loop.wake.wait(1)
+                self.loop.wake.clear()
             yield from self.events
             self.events.clear()
 

@@ -13,12 +13,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from whalepod.engine.admission import Limits, Pace
+from whalepod.engine.grammar import Grammars
+from whalepod.engine.held import Held
 from whalepod.engine.payoff import Payoff
 from whalepod.engine.request import Request, Sequence, TokenEvent
 from whalepod.engine.sampler import Drawn
 from whalepod.engine.scheduler import Scheduler
 from whalepod.engine.step import Part, Step, split
 from whalepod.errors import RequestError
+
+_TOO_COMPLEX = "the grammar takes more work for a token than is allowed; simplify it"
 
 
 @dataclass(slots=True)
@@ -71,12 +75,14 @@ class EngineLoop:
         max_context: int,
         max_queue_tokens: int = 1 << 20,
         draft_tokens: int = 0,
+        grammars: Grammars | None = None,
     ) -> None:
         self.scheduler, self.emit = scheduler, emit
         self.limits, self.pace = Limits(max_queue, max_queue_tokens), Pace()
         self.max_context = max_context
         self.wake = threading.Event()
         self.ring: Callable[[], None] = lambda: None
+        self.held = Held(grammars, self._rouse)
         self.counters = Counters()
         self.payoff = Payoff(draft_tokens)
         self._inbox: deque[Sequence | str] = deque()
@@ -94,7 +100,7 @@ class EngineLoop:
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self._inbox) or self.scheduler.busy
+        return bool(self._inbox) or self.scheduler.busy or self.held.ready
 
     @property
     def waiting(self) -> int:
@@ -119,6 +125,7 @@ class EngineLoop:
                 f"= {total} exceed the context of {room}; shorten one of them",
                 "max_tokens",
             )
+        self.held.check(request)
         if not request.replayed:
             self.limits.check(self.waiting, self.backlog, len(request.prompt_ids), self.pace)
 
@@ -126,6 +133,9 @@ class EngineLoop:
         """Queue a request; from any thread. Raises what `check` raises."""
         self.check(request)
         self._inbox.append(Sequence(request, time.monotonic()))
+        self._rouse()
+
+    def _rouse(self) -> None:
         self.wake.set()
         self.ring()
 
@@ -189,6 +199,10 @@ class EngineLoop:
     def _accept(self, sequence: Sequence, drawn: list[Drawn]) -> None:
         for i, got in enumerate(drawn):
             sequence.tally.accepted = int(i + 1 < len(drawn))
+            if got.token < 0:
+                self._forget(sequence)
+                self.emit(_end(sequence, "error", _TOO_COMPLEX))
+                return
             event = sequence.accept(got.token, got.logprob)
             self.counters.generated += 1
             if event.finish is not None:
@@ -211,11 +225,19 @@ class EngineLoop:
                 self._live[item.request.id] = item
                 if item.deadline is not None:
                     self._timed[item.request.id] = item
-                self.scheduler.add(item)
+                if not self.held.holds(item):
+                    self.scheduler.add(item)
             elif item in self._live:
                 sequence = self._live[item]
                 self._forget(sequence)
                 self.emit(_end(sequence, "abort", None))
+
+        for sequence, problem in self.held.take():
+            if problem is None:
+                self.scheduler.add(sequence)
+            else:
+                self._forget(sequence)
+                self.emit(_end(sequence, "error", problem))
 
     def _expire(self, now: float) -> None:
         """End what is past its deadline, whether it waits or runs."""
@@ -235,6 +257,7 @@ class EngineLoop:
         self._timed.pop(sequence.request.id, None)
         self._ended += 1
         self.scheduler.drop(sequence)
+        self.held.drop(sequence)
 
 
 def _end(

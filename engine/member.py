@@ -72,6 +72,8 @@ class Member:
         log.info(memory_table(self.name, stage.weight_bytes, stage.cache, size, budget))
         if self.config.engine.cuda_graphs and DecodeGraphs.able(stage):
             stage.graphs = DecodeGraphs(stage)
+        if stage.head is not None or not layers.start:
+            stage.grammars = self.source.grammars()
         if layers.start:
             self._later = LaterStage(stage)
             return
@@ -89,6 +91,7 @@ class Member:
             max_queue_tokens=engine.max_queue_tokens,
             max_context=context_limit(self.config, self.model),
             draft_tokens=engine.draft_tokens,
+            grammars=stage.grammars,
         )
         if engine.draft_tokens:
             stage.drafter = self.source.drafter(stage, slots=engine.max_batch)

@@ -11,6 +11,20 @@ FinishReason = Literal["stop", "length", "abort", "error", "deadline"]
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the generated text has to be; see `engine/grammar.py`.
+
+    Args:
+        kind: `text` is a JSON schema, a regex, a JSON list of choices, or a grammar (Lark, GBNF).
+        after: it holds behind the first such token (the end of reasoning); -1: from the start.
+    """
+
+    kind: Literal["json", "regex", "choice", "grammar"]
+    text: str
+    after: int = -1
+
+
+@dataclass(frozen=True, slots=True)
 class Adjust:
     """What changes the logits before the choice; see `engine/adjust.py`.
 
@@ -20,6 +34,7 @@ class Adjust:
         bias: (id, value) pairs that are added.
         allowed: ids that may come, empty for all. banned: ids that may not.
         min_tokens: `stop_ids` may not come before so many tokens.
+        grammar: only what it takes may come.
     """
 
     presence: float = 0.0
@@ -30,6 +45,7 @@ class Adjust:
     banned: tuple[int, ...] = ()
     min_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +197,16 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     def history(self) -> tuple[int, tuple[int, ...]] | None:
-        """Number of prompt tokens and all tokens, for settings that depend on them."""
-        if self.request.sampling.adjust is None:
+        """Number of prompt tokens and all tokens, for settings that depend on them.
+
+        The prompt is left out (0) where the settings do not look at it.
+        """
+        adjust, prompt = self.request.sampling.adjust, len(self.request.prompt_ids)
+        if adjust is None:
             return None
-        return len(self.request.prompt_ids), tuple(self.tokens)
+        if adjust.repetition == 1:  # nothing else looks at the prompt
+            return 0, tuple(self.tokens[prompt:])
+        return prompt, tuple(self.tokens)
 
     def accept(self, token: int, logprob: float) -> TokenEvent:
         """Append a sampled token and say so; the event carries the finish if this ends it."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whalepod.engine.adjust import adjusted
+from whalepod.engine.adjust import adjusted, constrained
+from whalepod.engine.grammar import Grammars
 from whalepod.engine.request import Sampling
 from whalepod.kernels import sample as kernels
 from whalepod.kernels.draw import best_tokens
@@ -31,7 +32,10 @@ def uniform(seed: int, position: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A token, and its log-probability under the unmodified logits."""
+    """A token, and its log-probability under the unmodified logits.
+
+    Token -1: its grammar took more work than its limits allow, so there is none.
+    """
 
     token: int
     logprob: float
@@ -46,6 +50,7 @@ def sample(
     settings: Seq[Sampling],
     positions: Seq[int],
     histories: Seq[History | None] | None = None,
+    grammars: Grammars | None = None,
 ) -> list[Drawn]:
     """Draw one token a row.
 
@@ -54,13 +59,14 @@ def sample(
         settings: one a row.
         positions: index of the drawn token in its sequence, one a row.
         histories: the tokens before it, where the settings ask for them (`adjust`).
+        grammars: where some of them have a grammar.
 
     Returns:
         one `Drawn` a row. Greedy ties go to the lowest id.
     """
     plain = [i for i, s in enumerate(settings) if s.adjust is None]
     if logits_NV.device.type == "cuda" and plain:
-        return _mostly_on_device(logits_NV, settings, positions, histories, plain)
+        return _mostly_on_device(logits_NV, settings, positions, histories, plain, grammars)
     best_N, norm_N = best_tokens(logits_NV)
     greedy = best_N.tolist()
     tokens = []
@@ -70,11 +76,18 @@ def sample(
             history = histories[i] if histories else None
             assert history is not None
             row = adjusted(logits_NV[i], s.adjust, *history)
+            if s.adjust.grammar is not None:
+                assert grammars is not None
+                allowed_V = grammars.allowed(s, history[1][history[0] :])
+                if allowed_V is None:
+                    tokens.append(-1)
+                    continue
+                row = constrained(row, logits_NV[i], allowed_V)
         if s.temperature == 0:
             tokens.append(greedy[i] if row is None else int(row.argmax()))
         else:
             tokens.append(draw(logits_NV[i] if row is None else row, s, positions[i]))
-    at = torch.tensor(tokens, device=logits_NV.device).unsqueeze(-1)
+    at = torch.tensor(tokens, device=logits_NV.device).clamp(min=0).unsqueeze(-1)
     chosen = logits_NV.gather(1, at).squeeze(1) - norm_N
     return [Drawn(t, p) for t, p in zip(tokens, chosen.tolist(), strict=True)]
 
@@ -85,6 +98,7 @@ def _mostly_on_device(
     positions: Seq[int],
     histories: Seq[History | None] | None,
     plain: list[int],
+    grammars: Grammars | None,
 ) -> list[Drawn]:
     """Draw the `plain` rows in one kernel; those that their history adjusts one by one."""
     if len(plain) == len(settings):
@@ -96,6 +110,7 @@ def _mostly_on_device(
         [settings[i] for i in others],
         [positions[i] for i in others],
         [histories[i] for i in others] if histories else None,
+        grammars,
     )
     drawn = dict(zip([*plain, *others], [*some, *rest], strict=True))
     return [drawn[i] for i in range(len(settings))]

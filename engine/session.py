@@ -38,14 +38,14 @@ def draw(stage: AttentionStage, x: Seq[Tensor], micro_batches: Seq[MicroBatch]) 
     for x_TCD, micro_batch in zip(x, micro_batches, strict=True):
         rows = micro_batch.last_rows()
         if rows:
-            drawn += draw_from(stage.logits(x_TCD, rows), micro_batch)
+            drawn += draw_from(stage, stage.logits(x_TCD, rows), micro_batch)
     return drawn
 
 
-def draw_from(logits: Tensor, micro_batch: MicroBatch) -> list[Drawn]:
+def draw_from(stage: AttentionStage, logits: Tensor, micro_batch: MicroBatch) -> list[Drawn]:
     """Sample from the logits of all rows that draw."""
     settings, positions = zip(*micro_batch.draws(), strict=True)
-    return sample(logits, settings, positions, micro_batch.histories())
+    return sample(logits, settings, positions, micro_batch.histories(), stage.grammars)
 
 
 def run_alone(
@@ -77,7 +77,7 @@ def run_captured(
     if found is None:
         return None
     batch, x_TCD, logits = found
-    drawn = draw_from(logits, micro_batches[0])
+    drawn = draw_from(stage, logits, micro_batches[0])
     return drawn, settle(stage, plan, [batch], [x_TCD], drawn)
 
 
@@ -97,7 +97,8 @@ def settle(
         emitted: dict[int, list[int]] = {}
         for part in micro_batch.parts:
             if part.draw is not None:
-                got = [next(rest).token for _ in range(1 + part.drafts)]
+                # A draw that failed (-1) ends its request; drafting after it needs some token.
+                got = [max(0, next(rest).token) for _ in range(1 + part.drafts)]
                 emitted[part.slot] = part.emitted(got)
             wrong = 1 + part.drafts - len(emitted[part.slot]) if part.drafts else 0
             right = len(part.ids) - wrong

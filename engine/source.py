@@ -8,6 +8,7 @@ from whalepod.config import Model
 from whalepod.engine.attention import AttentionStage
 from whalepod.engine.drafter import Drafter
 from whalepod.engine.expert import ExpertShard, Held, Loaded, fill
+from whalepod.engine.grammar import Grammars
 from whalepod.engine.router import Router
 from whalepod.errors import ConfigError
 from whalepod.kernels.registry import load_twins
@@ -126,6 +127,11 @@ class Source:
             stage.head.weight_VD,
             slots=slots,
         )
+
+    def grammars(self) -> Grammars | None:
+        """What structured output needs, None without a tokenizer; nothing is read yet."""
+        folder, config = self.checkpoint.path, self.config
+        return Grammars.open(folder, config.vocab_size, config.eos_token_id)
 
     def router(self) -> Router:
         """A router without gates yet; `place` reads them."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from whalepod.engine.request import Adjust, Sampling
+from whalepod.engine.request import Adjust, Grammar, Sampling
 from whalepod.model.batch import Batch, Span
 
 
@@ -158,9 +158,9 @@ def _settings(draw: list[Any]) -> tuple[Sampling, int]:
 
 
 def _adjust(values: list[Any]) -> Adjust:
-    presence, frequency, repetition, bias, allowed, banned, least, stops = values
+    presence, frequency, repetition, bias, allowed, banned, least, stops, grammar = values
     pairs = tuple((token, value) for token, value in bias)
-    rest = tuple(allowed), tuple(banned), least, tuple(stops)
+    rest = tuple(allowed), tuple(banned), least, tuple(stops), grammar and Grammar(*grammar)
     return Adjust(presence, frequency, repetition, pairs, *rest)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeVar
 
+from whalepod.engine.request import Grammar
 from whalepod.errors import RequestError
 from whalepod.ingress.assembler import Delta
 from whalepod.ingress.options import MAX_BIASES, Options
 from whalepod.ingress.service import Generation
+from whalepod.ingress.structured import any_object, choice_of, schema_of, text_of
 from whalepod.model.chat import Message
 from whalepod.protos import inference_pb2 as pb
 
@@ -17,7 +19,8 @@ Response = TypeVar("Response", pb.CompleteResponse, pb.ChatResponse)
 _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 # The service's names of what can be wrong, where they differ from the proto's.
 _FIELDS = {"prompt": "input", "max_tokens": "sampling.max_tokens", "stop": "sampling.stop"} | {
-    "stop_token_ids": "sampling.stop_token_ids"
+    "stop_token_ids": "sampling.stop_token_ids",
+    "structured_outputs": "sampling.structured_output",
 }
 
 
@@ -59,6 +62,7 @@ def options_of(
         banned_token_ids=tuple(sampling.banned_token_ids),
         priority=request.priority,
         timeout_s=timeout_s,
+        grammar=_grammar_of(sampling),
     )
     _check_ranges(options)
     if not 0 <= options.temperature <= 2:
@@ -68,6 +72,26 @@ def options_of(
     if options.max_tokens == 0:
         raise _out_of("max_tokens", 0, "at least 1")
     return options
+
+
+def _grammar_of(sampling: pb.Sampling) -> Grammar | None:
+    if not sampling.HasField("structured_output"):
+        return None
+    output, param = sampling.structured_output, "sampling.structured_output"
+    kind = output.WhichOneof("kind")
+    if kind == "json_schema":
+        return schema_of(output.json_schema, param)
+    if kind == "choice":
+        return choice_of(output.choice.texts, param)
+    if kind == "regex" and output.regex:
+        return text_of("regex", output.regex, param)
+    if kind == "grammar" and output.grammar:
+        return text_of("grammar", output.grammar, param)
+    if kind == "json_object" and output.json_object:
+        return any_object()
+    raise RequestError(
+        "structured_output is empty; set json_schema, json_object, regex, choice or grammar", param
+    )
 
 
 def _check_ranges(options: Options) -> None:

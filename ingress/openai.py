@@ -10,6 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from whalepod.errors import RequestError
 from whalepod.ingress.options import MAX_BIASES, MAX_STOP_IDS, MAX_STOPS, PRIORITIES, Options
 from whalepod.ingress.service import Generation
+from whalepod.ingress.structured import (
+    NamedSchema,
+    ResponseFormat,
+    StructuredOutputs,
+    wanted,
+)
 from whalepod.model.chat import Message
 
 # Not offered yet, and the values (beside empty ones) that ask for nothing: clients send defaults.
@@ -22,7 +28,6 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (),
     "tools": (),
     "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "reasoning_effort": (),
 }
 
@@ -84,6 +89,8 @@ class Common(Body):
     logprobs: bool | int | None = None
     priority: int | None = Field(default=None, ge=PRIORITIES[0], le=PRIORITIES[1])
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @field_validator(*_NOT_YET, check_fields=False)
     @classmethod
@@ -122,6 +129,7 @@ class Common(Body):
             banned_token_ids=tuple(self.banned_token_ids or ()),
             priority=self.priority or 0,
             timeout_s=self.timeout,
+            grammar=wanted(self.response_format, self.structured_outputs),
         )
 
 
@@ -177,7 +185,6 @@ class ChatBody(Common):
     top_logprobs: int | None = None
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None
 
     def is_thinking(self, default: bool) -> bool:
@@ -226,8 +233,13 @@ def _explain(error: ValidationError) -> RequestError:
 
 _FIELDS = {
     name
-    for kind in (CompletionBody, ChatBody, ChatMessage, TextPart, Thinking, StreamOptions)
-    for name in kind.model_fields
+    for kind in (
+        *(CompletionBody, ChatBody, ChatMessage, TextPart, Thinking, StreamOptions),
+        *(ResponseFormat, NamedSchema, StructuredOutputs),
+    )
+    for field, info in kind.model_fields.items()
+    for name in (field, info.alias)
+    if name
 }
 
 

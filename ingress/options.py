@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from whalepod.engine.request import Adjust
+from whalepod.engine.request import Adjust, Grammar
 from whalepod.errors import RequestError
 from whalepod.model.shape import ModelConfig
 
@@ -40,6 +40,7 @@ class Options:
     banned_token_ids: tuple[int, ...] = ()
     priority: int = 0
     timeout_s: float | None = None
+    grammar: Grammar | None = None
 
 
 def adjust_of(options: Options, model: ModelConfig) -> Adjust | None:
@@ -62,6 +63,12 @@ def adjust_of(options: Options, model: ModelConfig) -> Adjust | None:
             f"min_tokens {options.min_tokens} exceeds max_tokens {options.max_tokens}; lower it",
             "min_tokens",
         )
+    if options.grammar is not None and options.ignore_eos:
+        raise RequestError(
+            "ignore_eos asks for text behind the end of what structured output asks for; "
+            "leave one out",
+            "ignore_eos",
+        )
     wanted = Adjust(
         options.presence_penalty,
         options.frequency_penalty,
@@ -71,6 +78,7 @@ def adjust_of(options: Options, model: ModelConfig) -> Adjust | None:
         options.banned_token_ids,
         options.min_tokens,
         stops,
+        options.grammar,
     )
     return None if wanted == Adjust(stop_ids=stops) else wanted
 

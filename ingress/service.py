@@ -15,6 +15,7 @@ from whalepod.errors import DeadlineExceeded, NotReady, Overloaded, RequestError
 from whalepod.ingress.assembler import Assembler, Delta, Finish
 from whalepod.ingress.deadline import within
 from whalepod.ingress.options import MAX_STOP_IDS, MAX_STOPS, Options, adjust_of, check_ids
+from whalepod.ingress.structured import after_reasoning, check_grammar, trial_of
 from whalepod.metrics import Metrics, Stopwatch
 from whalepod.model.chat import THINK, Message, ReasoningSplitter, render
 from whalepod.model.shape import ModelConfig
@@ -89,6 +90,7 @@ class Service:
     ) -> None:
         self.client, self.tokenizer, self.model_name = client, tokenizer, model_name
         self.model, self.max_context, self.metrics = model, max_context, metrics
+        self.trial = trial_of(tokenizer, model)
 
     async def ready(self) -> str | None:
         """None when requests are served now, else what is awaited. Raises nothing."""
@@ -150,6 +152,8 @@ class Service:
     def _start(
         self, prompt_ids: list[int], options: Options, splitter: ReasoningSplitter | None
     ) -> Generation:
+        if splitter is not None:
+            options = after_reasoning(options, splitter)
         request = self._request(prompt_ids, options)
         decoder = self.tokenizer.detokenizer() if self.tokenizer else None
         assembler = Assembler(decoder, options.stop, splitter)
@@ -217,6 +221,7 @@ class Service:
         watch = Stopwatch(self.metrics, usage.prompt_tokens)
         reason, refusal = "abort", None
         try:
+            await check_grammar(self.trial, request)
             events = within(self.client.generate(request), request.timeout_s)
             async with aclosing(events):
                 async for event in events:

@@ -141,12 +141,12 @@ class ReasoningSplitter:
 
     def __init__(self, encoder: Encoder, thinking: bool) -> None:
         self._think = {_control(encoder, THINK)}
-        self._end = _control(encoder, END_THINK)
+        self.end = _control(encoder, END_THINK)
         self.reasoning = thinking
 
     def push(self, token: int) -> Literal["reasoning", "content", "mark"]:
         """Classify the next token."""
-        if token == self._end:
+        if token == self.end:
             self.reasoning = False
             return "mark"
         if token in self._think:

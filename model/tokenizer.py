@@ -21,6 +21,7 @@ class Tokenizer:
     """
 
     def __init__(self, data: str) -> None:
+        self.data = data
         self._full = tokenizers.Tokenizer.from_str(data)
         fields = json.loads(data)
         self._control = {t["content"]: int(t["id"]) for t in fields["added_tokens"]}

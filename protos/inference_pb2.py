@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fwhalepod/protos/inference.proto\x12\x0bwhalepod.v1\"\x9f\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x18\n\x10presence_penalty\x18\t \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\n \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x02H\x05\x88\x01\x01\x12\x38\n\nlogit_bias\x18\x0c \x03(\x0b\x32$.whalepod.v1.Sampling.LogitBiasEntry\x12\r\n\x05min_p\x18\r \x01(\x02\x12\x12\n\nmin_tokens\x18\x0e \x01(\r\x12\x19\n\x11\x61llowed_token_ids\x18\x0f \x03(\r\x12\x18\n\x10\x62\x61nned_token_ids\x18\x10 \x03(\r\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x15\n\x13_repetition_penalty\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb1\x01\n\x0f\x43ompleteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.whalepod.v1.TokenIdsH\x00\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.whalepod.v1.Sampling\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x42\x07\n\x05input\"\x98\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\"\n\x1a\x61\x63\x63\x65pted_prediction_tokens\x18\x04 \x01(\r\x12\"\n\x1arejected_prediction_tokens\x18\x05 \x01(\r\"\x94\x01\n\x10\x43ompleteResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.whalepod.v1.FinishReason\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.whalepod.v1.Usage\"f\n\x07Message\x12\x1f\n\x04role\x18\x01 \x01(\x0e\x32\x11.whalepod.v1.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x19\n\x11reasoning_content\x18\x03 \x01(\t\x12\x0e\n\x06prefix\x18\x04 \x01(\x08\"\xb7\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x08messages\x18\x02 \x03(\x0b\x32\x14.whalepod.v1.Message\x12\'\n\x08sampling\x18\x03 \x01(\x0b\x32\x15.whalepod.v1.Sampling\x12\x15\n\x08thinking\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x42\x0b\n\t_thinking\"\xae\x01\n\x0c\x43hatResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x19\n\x11reasoning_content\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.whalepod.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.whalepod.v1.Usage\"\x13\n\x11ListModelsRequest\"(\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bmax_context\x18\x02 \x01(\r\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.whalepod.v1.Model*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x32\xf6\x02\n\tInference\x12G\n\x08\x43omplete\x12\x1c.whalepod.v1.CompleteRequest\x1a\x1d.whalepod.v1.CompleteResponse\x12O\n\x0e\x43ompleteStream\x12\x1c.whalepod.v1.CompleteRequest\x1a\x1d.whalepod.v1.CompleteResponse0\x01\x12;\n\x04\x43hat\x12\x18.whalepod.v1.ChatRequest\x1a\x19.whalepod.v1.ChatResponse\x12\x43\n\nChatStream\x12\x18.whalepod.v1.ChatRequest\x1a\x19.whalepod.v1.ChatResponse0\x01\x12M\n\nListModels\x12\x1e.whalepod.v1.ListModelsRequest\x1a\x1f.whalepod.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fwhalepod/protos/inference.proto\x12\x0bwhalepod.v1\"\xd9\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x18\n\x10presence_penalty\x18\t \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\n \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x02H\x05\x88\x01\x01\x12\x38\n\nlogit_bias\x18\x0c \x03(\x0b\x32$.whalepod.v1.Sampling.LogitBiasEntry\x12\r\n\x05min_p\x18\r \x01(\x02\x12\x12\n\nmin_tokens\x18\x0e \x01(\r\x12\x19\n\x11\x61llowed_token_ids\x18\x0f \x03(\r\x12\x18\n\x10\x62\x61nned_token_ids\x18\x10 \x03(\r\x12\x38\n\x11structured_output\x18\x1e \x01(\x0b\x32\x1d.whalepod.v1.StructuredOutput\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x15\n\x13_repetition_penalty\"\xbf\x01\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x37\n\x06\x63hoice\x18\x04 \x01(\x0b\x32%.whalepod.v1.StructuredOutput.ChoicesH\x00\x12\x11\n\x07grammar\x18\x05 \x01(\tH\x00\x1a\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\tB\x06\n\x04kind\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb1\x01\n\x0f\x43ompleteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.whalepod.v1.TokenIdsH\x00\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.whalepod.v1.Sampling\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x42\x07\n\x05input\"\x98\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\"\n\x1a\x61\x63\x63\x65pted_prediction_tokens\x18\x04 \x01(\r\x12\"\n\x1arejected_prediction_tokens\x18\x05 \x01(\r\"\x94\x01\n\x10\x43ompleteResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.whalepod.v1.FinishReason\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.whalepod.v1.Usage\"f\n\x07Message\x12\x1f\n\x04role\x18\x01 \x01(\x0e\x32\x11.whalepod.v1.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x19\n\x11reasoning_content\x18\x03 \x01(\t\x12\x0e\n\x06prefix\x18\x04 \x01(\x08\"\xb7\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x08messages\x18\x02 \x03(\x0b\x32\x14.whalepod.v1.Message\x12\'\n\x08sampling\x18\x03 \x01(\x0b\x32\x15.whalepod.v1.Sampling\x12\x15\n\x08thinking\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x42\x0b\n\t_thinking\"\xae\x01\n\x0c\x43hatResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x19\n\x11reasoning_content\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.whalepod.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.whalepod.v1.Usage\"\x13\n\x11ListModelsRequest\"(\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bmax_context\x18\x02 \x01(\r\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.whalepod.v1.Model*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x32\xf6\x02\n\tInference\x12G\n\x08\x43omplete\x12\x1c.whalepod.v1.CompleteRequest\x1a\x1d.whalepod.v1.CompleteResponse\x12O\n\x0e\x43ompleteStream\x12\x1c.whalepod.v1.CompleteRequest\x1a\x1d.whalepod.v1.CompleteResponse0\x01\x12;\n\x04\x43hat\x12\x18.whalepod.v1.ChatRequest\x1a\x19.whalepod.v1.ChatResponse\x12\x43\n\nChatStream\x12\x18.whalepod.v1.ChatRequest\x1a\x19.whalepod.v1.ChatResponse0\x01\x12M\n\nListModels\x12\x1e.whalepod.v1.ListModelsRequest\x1a\x1f.whalepod.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,34 +33,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1693
-  _globals['_FINISHREASON']._serialized_end=1788
-  _globals['_ROLE']._serialized_start=1790
-  _globals['_ROLE']._serialized_end=1870
+  _globals['_FINISHREASON']._serialized_start=1945
+  _globals['_FINISHREASON']._serialized_end=2040
+  _globals['_ROLE']._serialized_start=2042
+  _globals['_ROLE']._serialized_end=2122
   _globals['_SAMPLING']._serialized_start=49
-  _globals['_SAMPLING']._serialized_end=592
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=461
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=509
-  _globals['_TOKENIDS']._serialized_start=594
-  _globals['_TOKENIDS']._serialized_end=617
-  _globals['_COMPLETEREQUEST']._serialized_start=620
-  _globals['_COMPLETEREQUEST']._serialized_end=797
-  _globals['_USAGE']._serialized_start=800
-  _globals['_USAGE']._serialized_end=952
-  _globals['_COMPLETERESPONSE']._serialized_start=955
-  _globals['_COMPLETERESPONSE']._serialized_end=1103
-  _globals['_MESSAGE']._serialized_start=1105
-  _globals['_MESSAGE']._serialized_end=1207
-  _globals['_CHATREQUEST']._serialized_start=1210
-  _globals['_CHATREQUEST']._serialized_end=1393
-  _globals['_CHATRESPONSE']._serialized_start=1396
-  _globals['_CHATRESPONSE']._serialized_end=1570
-  _globals['_LISTMODELSREQUEST']._serialized_start=1572
-  _globals['_LISTMODELSREQUEST']._serialized_end=1591
-  _globals['_MODEL']._serialized_start=1593
-  _globals['_MODEL']._serialized_end=1633
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1635
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1691
-  _globals['_INFERENCE']._serialized_start=1873
-  _globals['_INFERENCE']._serialized_end=2247
+  _globals['_SAMPLING']._serialized_end=650
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=519
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=567
+  _globals['_STRUCTUREDOUTPUT']._serialized_start=653
+  _globals['_STRUCTUREDOUTPUT']._serialized_end=844
+  _globals['_STRUCTUREDOUTPUT_CHOICES']._serialized_start=812
+  _globals['_STRUCTUREDOUTPUT_CHOICES']._serialized_end=836
+  _globals['_TOKENIDS']._serialized_start=846
+  _globals['_TOKENIDS']._serialized_end=869
+  _globals['_COMPLETEREQUEST']._serialized_start=872
+  _globals['_COMPLETEREQUEST']._serialized_end=1049
+  _globals['_USAGE']._serialized_start=1052
+  _globals['_USAGE']._serialized_end=1204
+  _globals['_COMPLETERESPONSE']._serialized_start=1207
+  _globals['_COMPLETERESPONSE']._serialized_end=1355
+  _globals['_MESSAGE']._serialized_start=1357
+  _globals['_MESSAGE']._serialized_end=1459
+  _globals['_CHATREQUEST']._serialized_start=1462
+  _globals['_CHATREQUEST']._serialized_end=1645
+  _globals['_CHATRESPONSE']._serialized_start=1648
+  _globals['_CHATRESPONSE']._serialized_end=1822
+  _globals['_LISTMODELSREQUEST']._serialized_start=1824
+  _globals['_LISTMODELSREQUEST']._serialized_end=1843
+  _globals['_MODEL']._serialized_start=1845
+  _globals['_MODEL']._serialized_end=1885
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1887
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1943
+  _globals['_INFERENCE']._serialized_start=2125
+  _globals['_INFERENCE']._serialized_end=2499
 # @@protoc_insertion_point(module_scope)

@@ -25,6 +25,7 @@ HOME = {  # third-party package -> where it may be imported
     "urllib3": ("cluster/kube_transport.py",),
     "triton": ("kernels/",),
     "numba": ("kernels/",),
+    "llguidance": ("engine/grammar.py", "engine/grammar_rules.py"),
     "llvmlite": ("kernels/",),
     "torch.distributed": ("cluster/fabric.py",),
     "fastapi": ("ingress/http.py", "ingress/serve.py"),
