@@ -203,7 +203,7 @@ class EngineLoop:
                 self._forget(sequence)
                 self.emit(_end(sequence, "error", _TOO_COMPLEX))
                 return
-            event = sequence.accept(got.token, got.logprob)
+            event = sequence.accept(got.token, got.logprob, got.alternatives)
             self.counters.generated += 1
             if event.finish is not None:
                 self._forget(sequence)

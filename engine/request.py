@@ -53,7 +53,8 @@ class Sampling:
     """How to choose the next token; a pure function of (logits, seed, position) with these settings.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1.0 and `min_p` 0.0 are off. With `adjust` the
-    choice depends on the request's own tokens too.
+    choice depends on the request's own tokens too. So many `alternatives` are told with each token:
+    the most probable ones before any of these settings.
     """
 
     temperature: float = 1.0
@@ -62,6 +63,7 @@ class Sampling:
     seed: int = 0
     min_p: float = 0.0
     adjust: Adjust | None = None
+    alternatives: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,8 @@ class TokenEvent:
     `index` counts generated tokens from 0 (replayed ones included), so a consumer can
     drop what it has already seen. `finish` is set on the last event of a request.
     `token` is -1 on an event that only ends the request (`abort`, `error`, `deadline`). `cached` is
-    how many prompt tokens were not computed because an earlier request had left them.
+    how many prompt tokens were not computed because an earlier request had left them. `alternatives`
+    are the most probable tokens with their log-probabilities, where the request asks for them.
 
     To be added up over a request's events: `drafted` guesses were verified for this token and those
     that came with it, `accepted` is 1 where the token had been guessed, `preempted` times it gave
@@ -121,6 +124,7 @@ class TokenEvent:
     accepted: int = 0
     preempted: int = 0
     queued_s: float = 0.0
+    alternatives: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(slots=True)
@@ -208,7 +212,9 @@ class Sequence:
             return 0, tuple(self.tokens[prompt:])
         return prompt, tuple(self.tokens)
 
-    def accept(self, token: int, logprob: float) -> TokenEvent:
+    def accept(
+        self, token: int, logprob: float, alternatives: tuple[tuple[int, float], ...] = ()
+    ) -> TokenEvent:
         """Append a sampled token and say so; the event carries the finish if this ends it."""
         request = self.request
         index = self.generated
@@ -220,5 +226,5 @@ class Sequence:
         tally, self.tally = self.tally, Tally()
         return TokenEvent(
             *(request.id, index, token, logprob, self.finished, None, self.cached),
-            *(tally.drafted, tally.accepted, tally.preempted, tally.queued_s),
+            *(tally.drafted, tally.accepted, tally.preempted, tally.queued_s, alternatives),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from whalepod.engine.adjust import adjusted, constrained
 from whalepod.engine.grammar import Grammars
 from whalepod.engine.request import Sampling
 from whalepod.kernels import sample as kernels
-from whalepod.kernels.draw import best_tokens
+from whalepod.kernels.draw import best_tokens, ranked
 
 _MASK = (1 << 64) - 1
+# Tokens with their log-probabilities, the most probable first.
+Alternatives = tuple[tuple[int, float], ...]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -39,6 +41,7 @@ class Drawn:
 
     token: int
     logprob: float
+    alternatives: Alternatives = ()
 
 
 # How many tokens are the prompt, and all tokens before a draw.
@@ -64,6 +67,29 @@ def sample(
     Returns:
         one `Drawn` a row. Greedy ties go to the lowest id.
     """
+    drawn = _draw_all(logits_NV, settings, positions, histories, grammars)
+    if not any(s.alternatives for s in settings):
+        return drawn
+    return [
+        replace(d, alternatives=best(logits_NV[i], s.alternatives)) if s.alternatives else d
+        for i, (d, s) in enumerate(zip(drawn, settings, strict=True))
+    ]
+
+
+def best(logits_V: Tensor, count: int) -> Alternatives:
+    """The most probable tokens with their log-probabilities; among equals the lowest id first."""
+    ids = ranked(logits_V)[:count]
+    values = logits_V[ids] - logits_V.logsumexp(-1)
+    return tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+def _draw_all(
+    logits_NV: Tensor,
+    settings: Seq[Sampling],
+    positions: Seq[int],
+    histories: Seq[History | None] | None,
+    grammars: Grammars | None,
+) -> list[Drawn]:
     plain = [i for i, s in enumerate(settings) if s.adjust is None]
     if logits_NV.device.type == "cuda" and plain:
         return _mostly_on_device(logits_NV, settings, positions, histories, plain, grammars)
@@ -105,7 +131,7 @@ def _mostly_on_device(
         return _on_device(logits_NV, settings, positions)
     others = [i for i in range(len(settings)) if settings[i].adjust is not None]
     some = _on_device(logits_NV[plain], [settings[i] for i in plain], [positions[i] for i in plain])
-    rest = sample(
+    rest = _draw_all(
         logits_NV[others],
         [settings[i] for i in others],
         [positions[i] for i in others],

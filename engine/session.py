@@ -18,7 +18,7 @@ from whalepod.engine.announce import Announcer
 from whalepod.engine.attention import AttentionStage
 from whalepod.engine.expert import ExpertShard
 from whalepod.engine.experts import Experts, LocalExperts, RemoteExperts
-from whalepod.engine.handover import pass_on, take_over
+from whalepod.engine.handover import drawn_bytes, pack_drawn, pass_on, take_over, unpack_drawn
 from whalepod.engine.lanes import Announcement, Lanes
 from whalepod.engine.legs import (
     TAG_TOKENS,
@@ -219,12 +219,12 @@ class FirstStage:
     def _draw_remotely(self, seat: Seat, step: Step, x: list[Tensor], last: int) -> list[Drawn]:
         out = Outgoing()
         pass_on(seat.fabric, out, step, x, seat.rank_of_stage(1))
-        count = sum(len(m.last_rows()) for m in step.micro_batches)
+        wanted = [s.alternatives for m in step.micro_batches for s, _ in m.draws()]
         # An answer is due even when nothing is drawn: it says that the later stages are done.
-        answer = Incoming(seat.fabric, last, TAG_TOKENS, 16 * count + 8, self.stage.device).take()
-        words = answer[8:].view(torch.float64).view(count, 2).tolist()
+        size = drawn_bytes(wanted)
+        answer = Incoming(seat.fabric, last, TAG_TOKENS, size, self.stage.device).take()
         out.settle()
-        return [Drawn(int(token), logprob) for token, logprob in words]
+        return unpack_drawn(answer, wanted)
 
 
 class LaterStage:
@@ -263,8 +263,7 @@ class LaterStage:
             pass_on(fabric, out, step, x, seat.rank_of_stage(seat.stage_index + 1))
         else:
             drawn = draw(stage, x, step.micro_batches)
-            words = [float(len(drawn)), *(v for d in drawn for v in (d.token, d.logprob))]
-            message = torch.tensor(words, dtype=torch.float64).view(torch.uint8).to(stage.device)
+            message = pack_drawn(drawn).to(stage.device)
             out.send(fabric, message, seat.rank_of_stage(0), TAG_TOKENS, message.numel())
         experts.settle()
         out.settle()

@@ -152,9 +152,9 @@ def _plain(draw: tuple[Sampling, int]) -> list[Any]:
 
 
 def _settings(draw: list[Any]) -> tuple[Sampling, int]:
-    (temperature, top_p, top_k, seed, min_p, adjust), position = draw
+    (temperature, top_p, top_k, seed, min_p, adjust, alternatives), position = draw
     wanted = adjust and _adjust(adjust)
-    return Sampling(temperature, top_p, top_k, seed, min_p, wanted), position
+    return Sampling(temperature, top_p, top_k, seed, min_p, wanted, alternatives), position
 
 
 def _adjust(values: list[Any]) -> Adjust:

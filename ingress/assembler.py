@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from whalepod.engine.request import TokenEvent
 from whalepod.ingress.stops import StopStrings
 from whalepod.model.chat import ReasoningSplitter
 
@@ -24,13 +25,26 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Chosen:
+    """A token's log-probability, and the most probable tokens in its place with theirs."""
+
+    token: int
+    logprob: float = 0.0
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """New text (and the tokens behind it); `finish` is set on the last one of a request."""
+    """New text (and the tokens behind it); `finish` is set on the last one of a request.
+
+    `chosen` has an element for every token.
+    """
 
     content: str = ""
     reasoning: str = ""
     tokens: tuple[int, ...] = ()
     finish: Finish | None = None
+    chosen: tuple[Chosen, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -52,16 +66,17 @@ class Assembler:
     ) -> None:
         self._decoder, self._splitter = decoder, splitter
         self._stops = StopStrings(stop)
-        self._tokens: list[int] = []
+        self._chosen: list[Chosen] = []
 
-    def push(self, token: int, finish: Finish | None, is_end: bool) -> Delta:
+    def push(self, event: TokenEvent, finish: Finish | None, is_end: bool) -> Delta:
         """Take a token. A delta with `finish` set is the last, whatever the engine has to add.
 
         Args:
             finish: the engine's verdict with this token.
             is_end: the token is the stop id that ended the text; it is no text itself.
         """
-        self._tokens.append(token)
+        token = event.token
+        self._chosen.append(Chosen(token, event.logprob, event.alternatives))
         if self._decoder is None:
             return self._delta("", "", finish)
         reasoning, content = "", ""
@@ -88,9 +103,9 @@ class Assembler:
         return (text, True) if met else (text + self._stops.flush(), False)
 
     def _delta(self, reasoning: str, content: str, finish: Finish | None) -> Delta:
-        tokens: tuple[int, ...] = ()
+        chosen: tuple[Chosen, ...] = ()
         # Tokens whose text is held back travel with the text that follows.
         if reasoning or content or finish or self._decoder is None:
-            tokens = tuple(self._tokens)
-            self._tokens.clear()
-        return Delta(content, reasoning, tokens, finish)
+            chosen = tuple(self._chosen)
+            self._chosen.clear()
+        return Delta(content, reasoning, tuple(c.token for c in chosen), finish, chosen)

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from whalepod.engine.request import Grammar
 from whalepod.errors import RequestError
-from whalepod.ingress.assembler import Delta
-from whalepod.ingress.options import MAX_BIASES, Options
+from whalepod.ingress.assembler import Chosen, Delta
+from whalepod.ingress.options import MAX_BIASES, MAX_LOGPROBS, Options
 from whalepod.ingress.service import Generation
 from whalepod.ingress.structured import any_object, choice_of, schema_of, text_of
 from whalepod.model.chat import Message
@@ -63,6 +63,7 @@ def options_of(
         priority=request.priority,
         timeout_s=timeout_s,
         grammar=_grammar_of(sampling),
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
     )
     _check_ranges(options)
     if not 0 <= options.temperature <= 2:
@@ -102,6 +103,8 @@ def _check_ranges(options: Options) -> None:
         raise _out_of("repetition_penalty", options.repetition_penalty, "above 0, at most 10")
     if not 0 <= options.min_p <= 1:
         raise _out_of("min_p", options.min_p, "0 to 1")
+    if (options.logprobs or 0) > MAX_LOGPROBS:
+        raise _out_of("logprobs", options.logprobs or 0, f"at most {MAX_LOGPROBS}")
     wrong = next((v for _, v in options.logit_bias if not -100 <= v <= 100), None)
     if wrong is not None:
         raise _out_of("logit_bias", wrong, "-100 to 100")
@@ -147,6 +150,8 @@ def chat_of(delta: Delta, generation: Generation) -> pb.ChatResponse:
 
 def _common(delta: Delta, generation: Generation) -> dict[str, Any]:
     fields: dict[str, Any] = {"id": generation.id, "token_ids": delta.tokens}
+    if generation.logprobs is not None:
+        fields["logprobs"] = [_told(one) for one in delta.chosen]
     if delta.finish is not None:
         used = generation.usage
         fields["finish_reason"] = _FINISH[delta.finish]
@@ -160,6 +165,11 @@ def _common(delta: Delta, generation: Generation) -> dict[str, Any]:
     return fields
 
 
+def _told(one: Chosen) -> pb.TokenLogprob:
+    top = [pb.TokenLogprob(token_id=i, logprob=p) for i, p in one.alternatives]
+    return pb.TokenLogprob(token_id=one.token, logprob=one.logprob, top=top)
+
+
 async def sum_up(parts: AsyncIterator[Response], total: Response) -> Response:
     """Add streamed parts up to one message."""
     names = [f.name for f in total.DESCRIPTOR.fields if f.name in _TEXTS]
@@ -168,6 +178,7 @@ async def sum_up(parts: AsyncIterator[Response], total: Response) -> Response:
         for name, said in texts.items():
             said.append(getattr(part, name))
         total.token_ids.extend(part.token_ids)
+        total.logprobs.extend(part.logprobs)
         total.id, total.finish_reason = part.id, part.finish_reason
         if part.HasField("usage"):
             total.usage.CopyFrom(part.usage)

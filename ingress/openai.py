@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from whalepod.errors import RequestError
-from whalepod.ingress.options import MAX_BIASES, MAX_STOP_IDS, MAX_STOPS, PRIORITIES, Options
-from whalepod.ingress.service import Generation
+from whalepod.ingress.options import (
+    MAX_BIASES,
+    MAX_LOGPROBS,
+    MAX_STOP_IDS,
+    MAX_STOPS,
+    PRIORITIES,
+    Options,
+)
 from whalepod.ingress.structured import (
     NamedSchema,
     ResponseFormat,
@@ -24,8 +36,6 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (),
     "suffix": (),
-    "logprobs": (),
-    "top_logprobs": (),
     "tools": (),
     "tool_choice": ("none", "auto"),
     "reasoning_effort": (),
@@ -86,7 +96,6 @@ class Common(Body):
     min_tokens: int | None = Field(default=None, ge=0)
     allowed_token_ids: _TokenIds | None = None
     banned_token_ids: _TokenIds | None = None
-    logprobs: bool | int | None = None
     priority: int | None = Field(default=None, ge=PRIORITIES[0], le=PRIORITIES[1])
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     response_format: ResponseFormat | None = None
@@ -130,7 +139,13 @@ class Common(Body):
             priority=self.priority or 0,
             timeout_s=self.timeout,
             grammar=wanted(self.response_format, self.structured_outputs),
+            logprobs=self.logprobs_wanted,
         )
+
+    @property
+    def logprobs_wanted(self) -> int | None:
+        """Alternatives to tell with each token; None: no log-probabilities."""
+        return None
 
 
 class CompletionBody(Common):
@@ -140,6 +155,12 @@ class CompletionBody(Common):
     echo: bool | None = None
     best_of: int | None = Field(default=None, ge=1)
     suffix: str | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def logprobs_wanted(self) -> int | None:
+        """See `Common`."""
+        return self.logprobs
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -182,10 +203,23 @@ class ChatBody(Common):
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     thinking: Thinking | None = None
-    top_logprobs: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     reasoning_effort: str | None = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _top_of_what(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and not info.data.get("logprobs"):
+            raise ValueError("needs logprobs: true")
+        return value
+
+    @property
+    def logprobs_wanted(self) -> int | None:
+        """See `Common`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def is_thinking(self, default: bool) -> bool:
         """Whether the model is to think first."""
@@ -259,33 +293,3 @@ def error_body(
 
 def _clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def usage(generation: Generation) -> dict[str, Any]:
-    """The `usage` object."""
-    used = generation.usage
-    return {
-        "prompt_tokens": used.prompt_tokens,
-        "completion_tokens": used.completion_tokens,
-        "total_tokens": used.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
-        "completion_tokens_details": {
-            "accepted_prediction_tokens": used.accepted_tokens,
-            "rejected_prediction_tokens": used.drafted_tokens - used.accepted_tokens,
-        },
-    }
-
-
-def envelope(kind: str, prefix: str, generation: Generation, model: str) -> dict[str, Any]:
-    """The fields every response and chunk begins with."""
-    return {
-        "id": f"{prefix}-{generation.id}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": model,
-    }
-
-
-def choice(finish: str | None, **fields: Any) -> dict[str, Any]:
-    """A choice with index 0."""
-    return {"index": 0, **fields, "logprobs": None, "finish_reason": finish}

@@ -13,13 +13,19 @@ MAX_STOPS = 16
 MAX_STOP_IDS = 128
 # OpenAI's limit of logit_bias; of allowed and banned ids too.
 MAX_BIASES = 1024
+# Most alternatives that are told with a token.
+MAX_LOGPROBS = 20
 # Priorities are 32-bit integers in every protocol.
 PRIORITIES = (-(1 << 31), (1 << 31) - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to generate, with every default already filled in but `max_tokens`."""
+    """How to generate, with every default already filled in but `max_tokens`.
+
+    `logprobs` is how many alternatives are told with each token and its log-probability; None: not even
+    that.
+    """
 
     max_tokens: int | None = None
     temperature: float = 1.0
@@ -41,6 +47,7 @@ class Options:
     priority: int = 0
     timeout_s: float | None = None
     grammar: Grammar | None = None
+    logprobs: int | None = None
 
 
 def adjust_of(options: Options, model: ModelConfig) -> Adjust | None:

@@ -6,7 +6,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from whalepod.ingress.openai import ChatBody, Common, CompletionBody, choice, envelope, usage
+from whalepod.ingress.assembler import Chosen
+from whalepod.ingress.logprobs import Told
+from whalepod.ingress.objects import choice, envelope, usage
+from whalepod.ingress.openai import ChatBody, Common, CompletionBody
 from whalepod.ingress.service import Generation, Service
 
 
@@ -28,21 +31,24 @@ class CompletionReply:
     def __init__(self, service: Service, generation: Generation, body: CompletionBody) -> None:
         self._service, self._generation, self._body = service, generation, body
         self._ids = body.return_token_ids or service.tokenizer is None
+        self._told = Told(service.tokenizer, body.logprobs_wanted)
 
     async def whole(self) -> dict[str, Any]:
         """See `Reply.whole`."""
         text: list[str] = []
         tokens: list[int] = []
+        chosen: list[Chosen] = []
         finish = None
         async with aclosing(self._generation.deltas) as deltas:
             async for delta in deltas:
                 text.append(delta.content)
                 tokens += delta.tokens
+                chosen += delta.chosen
                 finish = delta.finish
         fields = {"text": "".join(text), **self._token_ids(tokens)}
         return {
             **self._envelope(),
-            "choices": [choice(finish, **fields)],
+            "choices": [choice(finish, self._told.completion(chosen), **fields)],
             "usage": usage(self._generation),
         }
 
@@ -52,7 +58,8 @@ class CompletionReply:
         async with aclosing(self._generation.deltas) as deltas:
             async for delta in deltas:
                 fields = {"text": delta.content, **self._token_ids(list(delta.tokens))}
-                yield {**head, "choices": [choice(delta.finish, **fields)]}
+                told = self._told.completion(delta.chosen)
+                yield {**head, "choices": [choice(delta.finish, told, **fields)]}
         if self._body.usage_wanted:
             yield {**head, "choices": [], "usage": usage(self._generation)}
 
@@ -68,16 +75,19 @@ class ChatReply:
 
     def __init__(self, service: Service, generation: Generation, body: ChatBody) -> None:
         self._service, self._generation, self._body = service, generation, body
+        self._told = Told(service.tokenizer, body.logprobs_wanted)
 
     async def whole(self) -> dict[str, Any]:
         """See `Reply.whole`."""
         content: list[str] = []
         reasoning: list[str] = []
+        chosen: list[Chosen] = []
         finish = None
         async with aclosing(self._generation.deltas) as deltas:
             async for delta in deltas:
                 content.append(delta.content)
                 reasoning.append(delta.reasoning)
+                chosen += delta.chosen
                 finish = delta.finish
         message = {
             "role": "assistant",
@@ -86,7 +96,7 @@ class ChatReply:
         }
         return {
             **self._envelope("chat.completion"),
-            "choices": [choice(finish, message=message)],
+            "choices": [choice(finish, self._told.chat(chosen), message=message)],
             "usage": usage(self._generation),
         }
 
@@ -102,7 +112,8 @@ class ChatReply:
                     fields["reasoning_content"] = delta.reasoning
                 if delta.content:
                     fields["content"] = delta.content
-                yield {**head, "choices": [choice(delta.finish, delta=fields)]}
+                told = self._told.chat(delta.chosen)
+                yield {**head, "choices": [choice(delta.finish, told, delta=fields)]}
         if self._body.usage_wanted:
             yield {**head, "choices": [], "usage": usage(self._generation)}
 

@@ -66,6 +66,7 @@ class Generation:
 
     id: str
     usage: Usage
+    logprobs: int | None = None
     deltas: AsyncGenerator[Delta, None] = field(init=False)
 
 
@@ -157,7 +158,7 @@ class Service:
         request = self._request(prompt_ids, options)
         decoder = self.tokenizer.detokenizer() if self.tokenizer else None
         assembler = Assembler(decoder, options.stop, splitter)
-        generation = Generation(request.id, Usage(len(prompt_ids)))
+        generation = Generation(request.id, Usage(len(prompt_ids)), options.logprobs)
         generation.deltas = self._deltas(generation.usage, request, assembler)
         return generation
 
@@ -176,6 +177,7 @@ class Service:
                 seed=seed % (1 << 63),
                 min_p=options.min_p,
                 adjust=adjust_of(options, self.model),
+                alternatives=min(options.logprobs or 0, vocabulary),
             ),
             stop_ids=(self.model.eos_token_id, *options.stop_token_ids),
             ignore_eos=options.ignore_eos,
@@ -237,7 +239,7 @@ class Service:
                         self.metrics.prefix_queries.inc(usage.prompt_tokens)
                         self.metrics.prefix_hits.inc(usage.cached_tokens)
                     is_end = finish == "stop" and not request.ignore_eos
-                    delta = assembler.push(event.token, finish, is_end)
+                    delta = assembler.push(event, finish, is_end)
                     if delta.finish is not None:
                         break
                     if not delta.is_empty:

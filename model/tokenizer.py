@@ -13,6 +13,16 @@ from whalepod.errors import CheckpointError
 _REPLACEMENT = "\ufffd"
 
 
+def _byte_signs() -> dict[str, int]:
+    """The signs that byte-level vocabularies write bytes with: printable ones stand for themselves."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (b for b in range(256) if b not in kept)
+    return {chr(b): b for b in kept} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTES = _byte_signs()
+
+
 class Tokenizer:
     """The checkpoint's `tokenizer.json`, in two forms.
 
@@ -62,6 +72,13 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; control tokens are written out by name."""
         return str(self._full.decode(list(ids), skip_special_tokens=False))
+
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """What an id adds to the text, which may be part of a character; None for an unknown id."""
+        token = self._full.id_to_token(token_id)
+        if token is None or token_id in self._ids:
+            return None if token is None else token.encode()
+        return bytes(_BYTES[sign] for sign in token)
 
     def detokenizer(self) -> Detokenizer:
         """A decoder for one stream of ids."""

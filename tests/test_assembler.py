@@ -5,10 +5,19 @@ from edge import TOKENIZER
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from whalepod.ingress.assembler import Assembler, Delta
+from whalepod.engine.request import TokenEvent
+from whalepod.ingress.assembler import Assembler, Chosen, Delta, Finish
 from whalepod.model.chat import ReasoningSplitter
 
 THINK, END = TOKENIZER.control_id("<think>"), TOKENIZER.control_id("</think>")
+
+
+def event(token: int) -> TokenEvent:
+    return TokenEvent("r", 0, token, -0.25)
+
+
+def told(text: str, tokens: tuple[int, ...], finish: Finish | None = None) -> Delta:
+    return Delta(text, "", tokens, finish, tuple(Chosen(token, -0.25) for token in tokens))
 
 
 def assemble(
@@ -19,7 +28,7 @@ def assemble(
     assembler = Assembler(TOKENIZER.detokenizer(), stop, splitter)
     deltas = []
     for i, token in enumerate(ids):
-        deltas.append(assembler.push(token, "length" if i + 1 == len(ids) else None, False))
+        deltas.append(assembler.push(event(token), "length" if i + 1 == len(ids) else None, False))
         if deltas[-1].finish is not None:
             break
     return deltas
@@ -99,12 +108,12 @@ def test_an_incomplete_character_comes_out_at_the_end() -> None:
 def test_a_stop_id_is_no_text_and_text_held_back_comes_with_it() -> None:
     assembler = Assembler(TOKENIZER.detokenizer(), ("abc",), None)
     (a, b) = (TOKENIZER.encode_text(c)[0] for c in "ab")
-    assert assembler.push(a, None, False).is_empty
-    assert assembler.push(b, None, False).is_empty
-    assert assembler.push(1, "stop", True) == Delta("ab", "", (a, b, 1), "stop")
+    assert assembler.push(event(a), None, False).is_empty
+    assert assembler.push(event(b), None, False).is_empty
+    assert assembler.push(event(1), "stop", True) == told("ab", (a, b, 1), "stop")
 
 
 def test_without_a_decoder_every_token_is_a_delta() -> None:
     assembler = Assembler(None, (), None)
-    assert assembler.push(7, None, False) == Delta(tokens=(7,))
-    assert assembler.push(8, "length", False) == Delta(tokens=(8,), finish="length")
+    assert assembler.push(event(7), None, False) == told("", (7,))
+    assert assembler.push(event(8), "length", False) == told("", (8,), "length")

@@ -194,7 +194,7 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     (COMPLETIONS, {**GOOD, "stop": ""}, 400, "stop", "at least 1"),
     (COMPLETIONS, {**GOOD, "stop": ["a"] * 17}, 400, "stop", "16"),
     (COMPLETIONS, {**GOOD, "n": 2}, 400, "n", "1"),
-    (COMPLETIONS, {**GOOD, "logprobs": 3}, 400, "logprobs", "not supported yet"),
+    (COMPLETIONS, {**GOOD, "logprobs": True}, 400, "logprobs", "valid integer"),
     (COMPLETIONS, {**GOOD, "presence_penalty": 2.5}, 400, "presence_penalty", "or equal to 2"),
     (COMPLETIONS, {**GOOD, "min_p": 1.5}, 400, "min_p", "or equal to 1"),
     (COMPLETIONS, {**GOOD, "repetition_penalty": 0}, 400, "repetition_penalty", "greater than 0"),

@@ -93,7 +93,8 @@ class Served:
         """Wait until an epoch serves with exactly these pool sizes."""
 
         def reached() -> bool:
-            ready: bool = self.status()["ready"]
+            # A controller that is just coming back says only that.
+            ready = bool(self.status().get("ready"))
             return ready and all(len(self.members(p)) == n for p, n in pools.items())
 
         self.until(reached)
