@@ -1,7 +1,7 @@
 """One request with a very long context: time, memory and recall by length.
 
     python bench/long_context.py --tokens 65536
-    python bench/long_context.py --tokens 1048576 --device cuda
+    python bench/long_context.py --tokens 1048576 --threads 2
 
 Requests of growing length share their beginning, so each goes on from the one before (which also
 takes the prefix cache to these lengths). A fact stands at the start of the shortest; every request
@@ -158,16 +158,21 @@ def run(engine: SingleEngine, text: Text, length: int) -> Reading:
     )
 
 
-def report(readings: list[Reading], text: Text, model: ModelConfig, device: str) -> str:
+def report(
+    readings: list[Reading], text: Text, model: ModelConfig, device: str, threads: int
+) -> str:
     """The page."""
     first, last = readings[0], readings[-1]
     reads = {r.tokens: read_bytes(model, r.tokens, 4) for r in readings}
     slope = (last.decode_s - first.decode_s) / (reads[last.tokens] - reads[first.tokens])
-    where = torch.cuda.get_device_name() if device == "cuda" else "one thread"
+    where = torch.cuda.get_device_name() if device == "cuda" else f"threads: {threads}"
     lines = [
         f"# A context of {last.tokens:,} tokens on {device}",
         "",
-        heading(f"python bench/long_context.py --tokens {last.tokens} --device {device}"),
+        heading(
+            f"python bench/long_context.py --tokens {last.tokens} --device {device} "
+            f"--threads {threads}"
+        ),
         "",
         f"The demo model, layout `single`, fp32, {where}, steps of {STEP} tokens. "
         "Trained on documents of up to 4,096 tokens.",
@@ -192,9 +197,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     tokenizer = Tokenizer.open(MODEL)
     assert tokenizer is not None
     lengths = [n for n in (1024, 4096, 16384, 65536, 262144, 1048576) if n < args.tokens]
@@ -204,7 +210,7 @@ def main() -> None:
         for length in [*lengths, args.tokens]:
             readings.append(run(engine, text, length))
             print(readings[-1], flush=True)
-    page = report(readings, text, engine.member.model, args.device)
+    page = report(readings, text, engine.member.model, args.device, args.threads)
     (args.out / f"long_context-{args.device}-{args.tokens}.md").write_text(page)
     print(page)
 

@@ -399,3 +399,55 @@ def test_rows_go_round_the_ring(start: int, count: int) -> None:
         write_ring.reference(want, 1, start, part)
         assert torch.equal(got, want)
         assert count == 0 or torch.equal(got[1, start % 16], values[0])
+
+
+def one_sequence(rows: int, entries: int) -> Listed:
+    """What the last rows of one sequence see: the same entries, and one more each."""
+    counts = torch.arange(entries - rows + 1, entries + 1)
+    shuffled = torch.randperm(entries, generator=torch.Generator().manual_seed(5))
+    return Listed(shuffled, torch.zeros(rows, dtype=torch.int64), counts, entries)
+
+
+@pytest.mark.parametrize("order", ["random", "rising", "falling", "equal"])
+def test_the_choice_among_many(order: str) -> None:
+    rows, entries, keep = 21, 3001, 32
+    listed = one_sequence(rows, entries)
+    scores = {
+        "random": random(entries, 1).abs(),
+        "rising": torch.arange(1.0, entries + 1)[:, None],
+        "falling": torch.arange(entries, 0.0, -1)[:, None],
+        "equal": torch.ones(entries, 1),
+    }[order]
+    keys = torch.zeros(entries, 16)
+    keys[listed.rows, :1] = scores
+    q, gate = torch.ones(rows, 3, 16), torch.ones(rows, 3)
+    got = choose_entries(q, gate, keys, listed, keep)
+    for t in range(rows):
+        seen = scores[: int(listed.count_T[t]), 0]
+        best = sorted(range(len(seen)), key=lambda e: (-float(seen[e]), e))[:keep]
+        found = got.rows[t * keep : (t + 1) * keep].tolist()
+        assert found == [int(listed.rows[e]) for e in sorted(best)]
+
+
+def test_threads_and_groups_change_no_choice() -> None:
+    rows, entries, keep = 40, 20001, 8
+    listed = one_sequence(rows, entries)
+    q, gate, keys = random(rows, 4, 32), random(rows, 4, seed=1), random(entries, 32, seed=2)
+    alone = [
+        choose_entries(
+            q[t : t + 1],
+            gate[t : t + 1],
+            keys,
+            Listed(listed.rows, listed.offset_T[t : t + 1], listed.count_T[t : t + 1], entries),
+            keep,
+        ).rows.tolist()
+        for t in range(rows)
+    ]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            made = choose_entries(q, gate, keys, listed, keep)
+            assert made.rows.view(rows, keep).tolist() == alone
+    finally:
+        torch.set_num_threads(before)
