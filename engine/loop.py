@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +17,7 @@ from whalepod.engine.admission import Limits, Pace
 from whalepod.engine.grammar import Grammars
 from whalepod.engine.held import Held
 from whalepod.engine.payoff import Payoff
+from whalepod.engine.prompt import PromptLogprobs
 from whalepod.engine.request import Request, Sequence, TokenEvent
 from whalepod.engine.sampler import Drawn
 from whalepod.engine.scheduler import Scheduler
@@ -168,13 +170,18 @@ class EngineLoop:
         return Plan(split(parts, min(micro_batches, rows // least_rows)), planned, running, drafts)
 
     def finish(
-        self, plan: Plan, drawn: list[Drawn], drafts: Mapping[int, list[int]] | None = None
+        self,
+        plan: Plan,
+        drawn: list[Drawn],
+        drafts: Mapping[int, list[int]] | None = None,
+        told: Seq[PromptLogprobs] = (),
     ) -> None:
         """Take a completed step's tokens in.
 
         Args:
             drawn: in the order of the parts that draw, one for a part and each of its drafts.
             drafts: guesses at what comes after each slot's new tokens.
+            told: in the order of the parts that tell of their prompts.
         """
         before, rest = self.counters.generated, iter(drawn)
         emitted: dict[int, list[Drawn]] = {}
@@ -185,10 +192,16 @@ class EngineLoop:
             self.counters.accepted += len(emitted[part.slot]) - 1
             plan.by_slot[part.slot].tally.drafted = part.drafts
         self.scheduler.advance(plan.planned, {slot: len(e) - 1 for slot, e in emitted.items()})
+        telling = (p for m in plan.step.micro_batches for p in m.parts if p.tell is not None)
+        for part, rows in zip(telling, told, strict=True):
+            plan.by_slot[part.slot].learn(rows)
         for slot, made in emitted.items():
             sequence = plan.by_slot[slot]
             sequence.drafts = list((drafts or {}).get(slot, ()))
             self._accept(sequence, made)
+        for sequence in (s for s, part in plan.planned if part.draw is None and not s.pending):
+            self._forget(sequence)
+            self.emit(sequence.end())
         self.counters.steps += 1
         self.counters.tokens += plan.step.tokens
         self._measure(sum(len(p.ids) for _, p in plan.planned if len(p.ids) > 1 + p.drafts))

@@ -58,7 +58,9 @@ class Room:
     def match(self, sequence: Sequence) -> tuple[list[Node], int]:
         """What is known of a sequence's prefix, and how many blocks of it it can go on from."""
         path = self.prefixes.match(sequence.tokens, sequence.request.cache_salt)
-        return path, max((i + 1 for i, n in enumerate(path) if n.snapshot >= 0), default=0)
+        most = sequence.skippable // self.block_tokens
+        usable = (i + 1 for i, n in enumerate(path[:most]) if n.snapshot >= 0)
+        return path, max(usable, default=0)
 
     def enter(self, sequence: Sequence, path: list[Node], known: int) -> None:
         """Give a sequence a slot; it holds the first `known` blocks of `path` already."""
