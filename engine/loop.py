@@ -107,8 +107,15 @@ class EngineLoop:
     @property
     def waiting(self) -> int:
         """Requests that no slot is free for."""
+        return self._waiting_with(0)
+
+    def _waiting_with(self, more: int) -> int:
+        """As `waiting`, with `more` requests and those that are to follow others of the same prompt."""
         scheduler = self.scheduler
-        return max(0, len(scheduler.waiting) + len(self._inbox) - scheduler.slots.free)
+        known = [*self._live.values(), *(s for s in list(self._inbox) if isinstance(s, Sequence))]
+        copies = sum(s.request.copies - 1 for s in known if not s.generated)
+        waiting = len(scheduler.waiting) + len(self._inbox) + copies + more
+        return max(0, waiting - scheduler.slots.free)
 
     @property
     def backlog(self) -> int:
@@ -129,7 +136,16 @@ class EngineLoop:
             )
         self.held.check(request)
         if not request.replayed:
-            self.limits.check(self.waiting, self.backlog, len(request.prompt_ids), self.pace)
+            room = self.scheduler.slots.size + self.limits.requests
+            if request.copies > room:
+                raise RequestError(
+                    f"n is {request.copies}, and this server takes at most {room} at a time "
+                    "(engine.max_batch and engine.max_queue); ask for fewer",
+                    "n",
+                )
+            waiting = self._waiting_with(request.copies - 1)
+            prompts = len(request.prompt_ids) * self.scheduler.room.prompts(request.copies)
+            self.limits.check(waiting, self.backlog, prompts, self.pace)
 
     def submit(self, request: Request) -> None:
         """Queue a request; from any thread. Raises what `check` raises."""

@@ -83,9 +83,12 @@ class Request:
         cache_salt: computed prefixes are shared among requests of the same salt only.
         priority: the lowest number goes first; order of arrival decides among equals.
         timeout_s: seconds from submission after which the request ends, done or not.
-        replayed: a former member had taken it in, so the limits of a queue do not apply.
+        replayed: it was admitted before (a former member had taken it in, or it is another's copy),
+            so the limits of a queue do not apply.
         prompt_logprobs: alternatives to tell with the log-probability of every prompt token but the
             first; None: nothing is told of the prompt.
+        copies: so many requests with this prompt are admitted with this one, itself among them; the
+            others come, with `replayed`, once the prompt is computed.
     """
 
     id: str
@@ -100,6 +103,7 @@ class Request:
     timeout_s: float | None = None
     replayed: bool = False
     prompt_logprobs: int | None = None
+    copies: int = 1
 
 
 @dataclass(frozen=True, slots=True)

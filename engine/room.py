@@ -27,6 +27,10 @@ class Room:
         self._reuse = len(snapshots) > 0
         self._reserved: list[int] = []
 
+    def prompts(self, copies: int) -> int:
+        """How often the prompt of so many requests that come after one another is computed."""
+        return 1 if self._reuse else copies
+
     def blocks_for(self, tokens: int) -> int:
         """Blocks that so many tokens fill."""
         return -(-tokens // self.block_tokens)

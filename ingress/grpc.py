@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from whalepod.errors import ConfigError, DeadlineExceeded, NotReady, Overloaded, RequestError
+from whalepod.ingress.generation import EngineFailed
 from whalepod.ingress.messages import (
     chat_of,
     completion_of,
@@ -27,7 +28,7 @@ from whalepod.ingress.messages import (
     prompt_of,
     sum_up,
 )
-from whalepod.ingress.service import EngineFailed, Service, UnknownModel
+from whalepod.ingress.service import Service, UnknownModel
 from whalepod.protos import inference_pb2 as pb
 from whalepod.protos import inference_pb2_grpc as pb_grpc
 

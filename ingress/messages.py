@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from whalepod.engine.request import Grammar
 from whalepod.errors import RequestError
 from whalepod.ingress.assembler import Chosen, Delta
+from whalepod.ingress.generation import Generation
 from whalepod.ingress.options import MAX_BIASES, MAX_LOGPROBS, Options
-from whalepod.ingress.service import Generation
 from whalepod.ingress.structured import any_object, choice_of, schema_of, text_of
 from whalepod.model.chat import Message
 from whalepod.protos import inference_pb2 as pb
