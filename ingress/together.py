@@ -22,24 +22,26 @@ async def together(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator
     Raises:
         Exception: what the first stream to fail raised; the others are closed.
     """
-    # Nobody gets far ahead of whoever reads: a slow client holds all streams up.
-    queue: asyncio.Queue[T | _End] = asyncio.Queue(1)
+    # Each stream has one item here at most: they take turns, and a slow reader holds them all up.
+    queue: asyncio.Queue[tuple[T | _End, asyncio.Semaphore]] = asyncio.Queue()
 
     async def pump(stream: AsyncGenerator[T, None]) -> None:
+        turn, error = asyncio.Semaphore(), None
         try:
             async with aclosing(stream):
                 async for item in stream:
-                    await queue.put(item)
-        except Exception as error:
-            await queue.put(_End(error))
-        else:
-            await queue.put(_End())
+                    await turn.acquire()
+                    queue.put_nowait((item, turn))
+        except Exception as failure:
+            error = failure
+        queue.put_nowait((_End(error), turn))
 
     tasks = [asyncio.ensure_future(pump(stream)) for stream in streams]
     left = len(tasks)
     try:
         while left:
-            item = await queue.get()
+            item, turn = await queue.get()
+            turn.release()
             if not isinstance(item, _End):
                 yield item
             elif item.error is not None:
