@@ -90,8 +90,11 @@ def score(logits_NV: Tensor, tokens_N: Tensor, count: int) -> PromptLogprobs:
     """
     _, norm_N = best_tokens(logits_NV)
     own_N1 = logits_NV.gather(1, tokens_N.unsqueeze(-1))
-    earlier_NV = torch.arange(logits_NV.shape[1], device=tokens_N.device) < tokens_N.unsqueeze(-1)
-    better_N = (logits_NV > own_N1).sum(-1) + ((logits_NV == own_N1) & earlier_NV).sum(-1)
+    better_N = (logits_NV > own_N1).count_nonzero(-1)
+    tied_N = (logits_NV >= own_N1).count_nonzero(-1) > better_N + 1
+    for row in tied_N.nonzero().flatten().tolist():
+        token = int(tokens_N[row])
+        better_N[row] += (logits_NV[row, :token] == own_N1[row]).count_nonzero()
     ids_NK = most_probable(logits_NV, count)
     values_NK = logits_NV.gather(1, ids_NK) - norm_N.unsqueeze(-1)
     return PromptLogprobs(
@@ -107,14 +110,14 @@ def most_probable(logits_NV: Tensor, count: int) -> Tensor:
 
     The same as the beginning of `ranked`, without sorting whole rows where no tie makes that due.
     """
-    values_NK, ids_NK = logits_NV.topk(count)
     if not count:
-        return ids_NK
+        return torch.empty(len(logits_NV), 0, dtype=torch.int64, device=logits_NV.device)
+    values_NK, ids_NK = logits_NV.topk(count)
     ids_NK = ids_NK.sort(-1).values
     order_NK = logits_NV.gather(1, ids_NK).sort(dim=-1, descending=True, stable=True).indices
     ids_NK = ids_NK.gather(1, order_NK)
     # Of tokens equal to the last one, any may have been taken.
-    tied_N = (logits_NV >= values_NK[:, -1:]).sum(-1) > count
+    tied_N = (logits_NV >= values_NK[:, -1:]).count_nonzero(-1) > count
     for row in tied_N.nonzero().flatten().tolist():
         ids_NK[row] = ranked(logits_NV[row])[:count]
     return ids_NK
