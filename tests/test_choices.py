@@ -310,3 +310,25 @@ def test_the_whole_context_may_be_a_prompt_that_is_told_of() -> None:
     fits, does_not = served(Scripted(IDS), act)
     assert len(fits.json()["choices"][0]["prompt_logprobs"]) == MAX_CONTEXT
     assert does_not.status_code == 400
+
+
+def test_metrics_count_every_choice_and_no_token_where_none_is_asked_for() -> None:
+    service = make_service(Scripted(IDS))
+
+    async def run(max_tokens: int) -> None:
+        options = Options(n=2, max_tokens=max_tokens, prompt_logprobs=0)
+        async for _ in service.complete([5, 6], options).deltas:
+            pass
+
+    def read(name: str) -> str:
+        lines = service.metrics.render().decode().splitlines()
+        return next(line.split()[-1] for line in lines if line.startswith(f"vllm:{name}{{"))
+
+    asyncio.run(run(0))
+    assert read("generation_tokens_total") == "0.0"
+    assert read("time_to_first_token_seconds_count") == "0.0"
+    assert read("prompt_tokens_total") == "4.0"
+    asyncio.run(run(2))
+    assert read("generation_tokens_total") == "4.0"
+    assert read("request_success_total") == "4.0"
+    assert read("num_requests_running") == read("num_requests_waiting") == "0.0"
