@@ -48,8 +48,14 @@ class RayClient:
             # A name of its own for every attempt: the end of one must not cancel the next.
             name = f"{request.id}.{attempt}" if attempt else request.id
             left = request.timeout_s and max(0.0, request.timeout_s - time.monotonic() + begun)
+            # What is asked of the prompt comes with the first event, so it is not told twice.
             again = dataclasses.replace(
-                request, id=name, emitted=tuple(emitted), timeout_s=left, replayed=attempt > 0
+                request,
+                id=name,
+                emitted=tuple(emitted),
+                timeout_s=left,
+                replayed=request.replayed or attempt > 0,
+                prompt_logprobs=None if emitted else request.prompt_logprobs,
             )
             stream = self._attention.remote(again)
             try:

@@ -1,4 +1,4 @@
-"""From one pipeline stage to the next: a step and its streams; and from the last back, what was drawn.
+"""From one pipeline stage to the next: a step and its streams; and from the last back, its outcome.
 
 Legend: T rows, C residual streams, D width.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 from whalepod.cluster.fabric import Fabric
 from whalepod.engine.attention import AttentionStage
 from whalepod.engine.legs import SIZED_BYTES, TAG_STAGE, Incoming, Outgoing
+from whalepod.engine.prompt import PromptLogprobs
 from whalepod.engine.sampler import Drawn
 from whalepod.engine.step import Step
 
@@ -40,25 +41,44 @@ def take_over(fabric: Fabric, src: int, stage: AttentionStage) -> tuple[Step, li
     return step, x
 
 
-def pack_drawn(drawn: Seq[Drawn]) -> Tensor:
-    """What the last stage answers, bytes: fp64 words, their number of tokens first."""
+def pack_outcome(drawn: Seq[Drawn], told: Seq[PromptLogprobs]) -> Tensor:
+    """What the last stage answers, bytes: fp64 words of what was drawn, then what is told."""
     words = [float(len(drawn))]
     for one in drawn:
         words += [one.token, one.logprob, *(v for pair in one.alternatives for v in pair)]
-    return torch.tensor(words, dtype=torch.float64).view(torch.uint8)
+    parts = [torch.tensor(words, dtype=torch.float64).view(torch.uint8)]
+    for data in (part.to_bytes() for part in told):
+        parts.append(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    return torch.cat(parts)
 
 
-def drawn_bytes(wanted: Seq[int]) -> int:
-    """Size of that answer, given the alternatives that each draw asks for."""
-    return 8 + sum(16 * (1 + count) for count in wanted)
+def outcome_bytes(step: Step) -> int:
+    """Size of that answer."""
+    told = sum(
+        PromptLogprobs.bytes_of(len(tokens), count)
+        for m in step.micro_batches
+        for _, tokens, count in m.tells()
+    )
+    return _drawn_bytes(step) + told
 
 
-def unpack_drawn(message: Tensor, wanted: Seq[int]) -> list[Drawn]:
-    """Read what `pack_drawn` made."""
-    words = message[8:].view(torch.float64).view(-1, 2).tolist()
-    drawn, at = [], 0
-    for count in wanted:
-        (token, logprob), *others = words[at : at + 1 + count]
+def unpack_outcome(message: Tensor, step: Step) -> tuple[list[Drawn], list[PromptLogprobs]]:
+    """Read what `pack_outcome` made."""
+    at = _drawn_bytes(step)
+    pairs = iter(message[8:at].view(torch.float64).view(-1, 2).tolist())
+    drawn = []
+    for settings, _ in (d for m in step.micro_batches for d in m.draws()):
+        token, logprob = next(pairs)
+        others = (next(pairs) for _ in range(settings.alternatives))
         drawn.append(Drawn(int(token), logprob, tuple((int(i), p) for i, p in others)))
-        at += 1 + count
-    return drawn
+    data, told = message[at:].cpu().numpy().tobytes(), []
+    for _, tokens, count in (t for m in step.micro_batches for t in m.tells()):
+        size = PromptLogprobs.bytes_of(len(tokens), count)
+        told.append(PromptLogprobs.from_bytes(data[:size], count))
+        data = data[size:]
+    return drawn, told
+
+
+def _drawn_bytes(step: Step) -> int:
+    wanted = (s.alternatives for m in step.micro_batches for s, _ in m.draws())
+    return 8 + sum(16 * (1 + count) for count in wanted)

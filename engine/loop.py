@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +17,7 @@ from whalepod.engine.admission import Limits, Pace
 from whalepod.engine.grammar import Grammars
 from whalepod.engine.held import Held
 from whalepod.engine.payoff import Payoff
+from whalepod.engine.prompt import PromptLogprobs
 from whalepod.engine.request import Request, Sequence, TokenEvent
 from whalepod.engine.sampler import Drawn
 from whalepod.engine.scheduler import Scheduler
@@ -105,8 +107,15 @@ class EngineLoop:
     @property
     def waiting(self) -> int:
         """Requests that no slot is free for."""
+        return self._waiting_with(0)
+
+    def _waiting_with(self, more: int) -> int:
+        """As `waiting`, with `more` requests and those that are to follow others of the same prompt."""
         scheduler = self.scheduler
-        return max(0, len(scheduler.waiting) + len(self._inbox) - scheduler.slots.free)
+        known = [*self._live.values(), *(s for s in list(self._inbox) if isinstance(s, Sequence))]
+        copies = sum(s.request.copies - 1 for s in known if not s.generated)
+        waiting = len(scheduler.waiting) + len(self._inbox) + copies + more
+        return max(0, waiting - scheduler.slots.free)
 
     @property
     def backlog(self) -> int:
@@ -127,7 +136,16 @@ class EngineLoop:
             )
         self.held.check(request)
         if not request.replayed:
-            self.limits.check(self.waiting, self.backlog, len(request.prompt_ids), self.pace)
+            room = self.scheduler.slots.size + self.limits.requests
+            if request.copies > room:
+                raise RequestError(
+                    f"n is {request.copies}, and this server takes at most {room} at a time "
+                    "(engine.max_batch and engine.max_queue); ask for fewer",
+                    "n",
+                )
+            waiting = self._waiting_with(request.copies - 1)
+            prompts = len(request.prompt_ids) * self.scheduler.room.prompts(request.copies)
+            self.limits.check(waiting, self.backlog, prompts, self.pace)
 
     def submit(self, request: Request) -> None:
         """Queue a request; from any thread. Raises what `check` raises."""
@@ -168,13 +186,18 @@ class EngineLoop:
         return Plan(split(parts, min(micro_batches, rows // least_rows)), planned, running, drafts)
 
     def finish(
-        self, plan: Plan, drawn: list[Drawn], drafts: Mapping[int, list[int]] | None = None
+        self,
+        plan: Plan,
+        drawn: list[Drawn],
+        drafts: Mapping[int, list[int]] | None = None,
+        told: Seq[PromptLogprobs] = (),
     ) -> None:
         """Take a completed step's tokens in.
 
         Args:
             drawn: in the order of the parts that draw, one for a part and each of its drafts.
             drafts: guesses at what comes after each slot's new tokens.
+            told: in the order of the parts that tell of their prompts.
         """
         before, rest = self.counters.generated, iter(drawn)
         emitted: dict[int, list[Drawn]] = {}
@@ -185,10 +208,16 @@ class EngineLoop:
             self.counters.accepted += len(emitted[part.slot]) - 1
             plan.by_slot[part.slot].tally.drafted = part.drafts
         self.scheduler.advance(plan.planned, {slot: len(e) - 1 for slot, e in emitted.items()})
+        telling = (p for m in plan.step.micro_batches for p in m.parts if p.tell is not None)
+        for part, rows in zip(telling, told, strict=True):
+            plan.by_slot[part.slot].learn(rows)
         for slot, made in emitted.items():
             sequence = plan.by_slot[slot]
             sequence.drafts = list((drafts or {}).get(slot, ()))
             self._accept(sequence, made)
+        for sequence in (s for s, part in plan.planned if part.draw is None and not s.pending):
+            self._forget(sequence)
+            self.emit(sequence.end())
         self.counters.steps += 1
         self.counters.tokens += plan.step.tokens
         self._measure(sum(len(p.ids) for _, p in plan.planned if len(p.ids) > 1 + p.drafts))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from whalepod.engine.prefix import Node
+from whalepod.engine.prompt import PromptLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error", "deadline"]
 
@@ -73,7 +74,7 @@ class Request:
     Args:
         id: unique among the live requests.
         prompt_ids: token ids of the prompt, at least one.
-        max_tokens: at most this many new tokens, at least one.
+        max_tokens: at most this many new tokens; 0: the prompt is computed, and nothing drawn.
         sampling: how to choose tokens.
         stop_ids: token ids that end the text; they are emitted with finish `stop`.
         ignore_eos: go on after a stop id (benchmarks).
@@ -82,7 +83,12 @@ class Request:
         cache_salt: computed prefixes are shared among requests of the same salt only.
         priority: the lowest number goes first; order of arrival decides among equals.
         timeout_s: seconds from submission after which the request ends, done or not.
-        replayed: a former member had taken it in, so the limits of a queue do not apply.
+        replayed: it was admitted before (a former member had taken it in, or it is another's copy),
+            so the limits of a queue do not apply.
+        prompt_logprobs: alternatives to tell with the log-probability of every prompt token but the
+            first; None: nothing is told of the prompt.
+        copies: so many requests with this prompt are admitted with this one, itself among them; the
+            others come, with `replayed`, once the prompt is computed.
     """
 
     id: str
@@ -96,6 +102,8 @@ class Request:
     priority: int = 0
     timeout_s: float | None = None
     replayed: bool = False
+    prompt_logprobs: int | None = None
+    copies: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +112,11 @@ class TokenEvent:
 
     `index` counts generated tokens from 0 (replayed ones included), so a consumer can
     drop what it has already seen. `finish` is set on the last event of a request.
-    `token` is -1 on an event that only ends the request (`abort`, `error`, `deadline`). `cached` is
+    `token` is -1 on an event that only ends the request (`abort`, `error`, `deadline`, and `length`
+    where no token was asked for). `cached` is
     how many prompt tokens were not computed because an earlier request had left them. `alternatives`
     are the most probable tokens with their log-probabilities, where the request asks for them.
+    `prompt` comes with the first event of a request that asks for it, and with no other.
 
     To be added up over a request's events: `drafted` guesses were verified for this token and those
     that came with it, `accepted` is 1 where the token had been guessed, `preempted` times it gave
@@ -125,6 +135,7 @@ class TokenEvent:
     preempted: int = 0
     queued_s: float = 0.0
     alternatives: tuple[tuple[int, float], ...] = ()
+    prompt: PromptLogprobs | None = None
 
 
 @dataclass(slots=True)
@@ -161,6 +172,7 @@ class Sequence:
         "finished",
         "kept",
         "nodes",
+        "prompt",
         "request",
         "restore",
         "served",
@@ -168,6 +180,7 @@ class Sequence:
         "submitted",
         "tally",
         "tokens",
+        "told",
     )
 
     def __init__(self, request: Request, now: float = 0.0) -> None:
@@ -189,6 +202,11 @@ class Sequence:
         self.deadline = None if request.timeout_s is None else now + request.timeout_s
         self.tally = Tally()
         self.finished: FinishReason | None = None
+        # Of how many prompt tokens all is known that is asked (of the first there is nothing to
+        # tell), and what is to be told of them with the next event.
+        asks = request.prompt_logprobs is not None
+        self.told = 1 if asks else len(request.prompt_ids)
+        self.prompt: list[PromptLogprobs] | None = [] if asks else None
 
     @property
     def generated(self) -> int:
@@ -199,6 +217,26 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that are not in the cache yet."""
         return len(self.tokens) - self.computed
+
+    @property
+    def skippable(self) -> int:
+        """Tokens at its beginning that need not be computed where they are in the cache."""
+        is_told = self.told >= len(self.request.prompt_ids)
+        return len(self.tokens) if is_told else self.told - 1
+
+    def tell(self, end: int) -> tuple[int, tuple[int, ...], int] | None:
+        """What a part that ends before the token `end` has to tell; see `Part.tell`."""
+        stop = min(end + 1, len(self.request.prompt_ids))
+        count = self.request.prompt_logprobs
+        if count is None or self.told >= stop:
+            return None
+        return self.told - 1 - self.computed, tuple(self.tokens[self.told : stop]), count
+
+    def learn(self, told: PromptLogprobs) -> None:
+        """Take in what is told of the next tokens of the prompt."""
+        assert self.prompt is not None
+        self.prompt.append(told)
+        self.told += len(told)
 
     def history(self) -> tuple[int, tuple[int, ...]] | None:
         """Number of prompt tokens and all tokens, for settings that depend on them.
@@ -223,8 +261,21 @@ class Sequence:
             self.finished = "stop"
         elif self.generated >= request.max_tokens:
             self.finished = "length"
+        return self._event(index, token, logprob, alternatives)
+
+    def end(self) -> TokenEvent:
+        """The prompt is computed and no token is asked for."""
+        self.finished = "length"
+        return self._event(self.generated, -1, 0.0, ())
+
+    def _event(
+        self, index: int, token: int, logprob: float, alternatives: tuple[tuple[int, float], ...]
+    ) -> TokenEvent:
         tally, self.tally = self.tally, Tally()
+        told, self.prompt = self.prompt, None
+        count = self.request.prompt_logprobs or 0
         return TokenEvent(
-            *(request.id, index, token, logprob, self.finished, None, self.cached),
+            *(self.request.id, index, token, logprob, self.finished, None, self.cached),
             *(tally.drafted, tally.accepted, tally.preempted, tally.queued_s, alternatives),
+            None if told is None else PromptLogprobs.join(told, count),
         )

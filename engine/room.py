@@ -27,6 +27,10 @@ class Room:
         self._reuse = len(snapshots) > 0
         self._reserved: list[int] = []
 
+    def prompts(self, copies: int) -> int:
+        """How often the prompt of so many requests that come after one another is computed."""
+        return 1 if self._reuse else copies
+
     def blocks_for(self, tokens: int) -> int:
         """Blocks that so many tokens fill."""
         return -(-tokens // self.block_tokens)
@@ -58,7 +62,9 @@ class Room:
     def match(self, sequence: Sequence) -> tuple[list[Node], int]:
         """What is known of a sequence's prefix, and how many blocks of it it can go on from."""
         path = self.prefixes.match(sequence.tokens, sequence.request.cache_salt)
-        return path, max((i + 1 for i, n in enumerate(path) if n.snapshot >= 0), default=0)
+        most = sequence.skippable // self.block_tokens
+        usable = (i + 1 for i, n in enumerate(path[:most]) if n.snapshot >= 0)
+        return path, max(usable, default=0)
 
     def enter(self, sequence: Sequence, path: list[Node], known: int) -> None:
         """Give a sequence a slot; it holds the first `known` blocks of `path` already."""

@@ -79,7 +79,7 @@ def sample(
 def best(logits_V: Tensor, count: int) -> Alternatives:
     """The most probable tokens with their log-probabilities; among equals the lowest id first."""
     ids = ranked(logits_V)[:count]
-    values = logits_V[ids] - logits_V.logsumexp(-1)
+    values = logits_V[ids] - best_tokens(logits_V.unsqueeze(0))[1]
     return tuple(zip(ids.tolist(), values.tolist(), strict=True))
 
 

@@ -121,17 +121,19 @@ class Scheduler:
         end = sequence.computed + min(sequence.pending, rows)
         if not self._grow(sequence, end + len(drafts)):
             return
-        whole = end == len(sequence.tokens)
+        wants = sequence.generated < sequence.request.max_tokens
+        draws = wants and end == len(sequence.tokens)
         part = Part(
             sequence.slot,
             sequence.computed,
             (*sequence.tokens[sequence.computed : end], *drafts),
             tuple(sequence.blocks),
-            (sequence.request.sampling, end) if whole else None,
+            (sequence.request.sampling, end) if draws else None,
             len(drafts),
             sequence.restore,
             self.room.keep(sequence, end + len(drafts), self.running),
-            sequence.history() if whole else None,
+            sequence.history() if draws else None,
+            sequence.tell(end),
         )
         planned.append((sequence, part))
 

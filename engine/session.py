@@ -18,7 +18,13 @@ from whalepod.engine.announce import Announcer
 from whalepod.engine.attention import AttentionStage
 from whalepod.engine.expert import ExpertShard
 from whalepod.engine.experts import Experts, LocalExperts, RemoteExperts
-from whalepod.engine.handover import drawn_bytes, pack_drawn, pass_on, take_over, unpack_drawn
+from whalepod.engine.handover import (
+    outcome_bytes,
+    pack_outcome,
+    pass_on,
+    take_over,
+    unpack_outcome,
+)
 from whalepod.engine.lanes import Announcement, Lanes
 from whalepod.engine.legs import (
     TAG_TOKENS,
@@ -26,35 +32,21 @@ from whalepod.engine.legs import (
     Outgoing,
 )
 from whalepod.engine.loop import EngineLoop, Plan
+from whalepod.engine.outcome import draw_from, outcome
+from whalepod.engine.prompt import PromptLogprobs
 from whalepod.engine.router import Router
-from whalepod.engine.sampler import Drawn, sample
-from whalepod.engine.step import MicroBatch, Part, Step
+from whalepod.engine.sampler import Drawn
+from whalepod.engine.step import Part, Step
 from whalepod.model.batch import Batch
-
-
-def draw(stage: AttentionStage, x: Seq[Tensor], micro_batches: Seq[MicroBatch]) -> list[Drawn]:
-    """Sample from the last stage's streams, in the order of the parts that draw."""
-    drawn: list[Drawn] = []
-    for x_TCD, micro_batch in zip(x, micro_batches, strict=True):
-        rows = micro_batch.last_rows()
-        if rows:
-            drawn += draw_from(stage, stage.logits(x_TCD, rows), micro_batch)
-    return drawn
-
-
-def draw_from(stage: AttentionStage, logits: Tensor, micro_batch: MicroBatch) -> list[Drawn]:
-    """Sample from the logits of all rows that draw."""
-    settings, positions = zip(*micro_batch.draws(), strict=True)
-    return sample(logits, settings, positions, micro_batch.histories(), stage.grammars)
 
 
 def run_alone(
     stage: AttentionStage, experts: Experts, plan: Plan
-) -> tuple[list[Drawn], dict[int, list[int]]]:
+) -> tuple[list[Drawn], dict[int, list[int]], list[PromptLogprobs]]:
     """Run a step on a member that has every layer and reaches experts without other replicas.
 
     Returns:
-        what was drawn, and drafts by slot.
+        what was drawn, drafts by slot, and what is told of prompts.
     """
     micro_batches = plan.step.micro_batches
     restore(stage, plan.step)
@@ -62,13 +54,13 @@ def run_alone(
         return found
     batches = [m.batch(stage.cache.block_tokens, stage.device) for m in micro_batches]
     x = stage.forward(batches, [stage.embed(b) for b in batches], experts)
-    drawn = draw(stage, x, micro_batches)
-    return drawn, settle(stage, plan, batches, x, drawn)
+    drawn, told = outcome(stage, x, micro_batches)
+    return drawn, settle(stage, plan, batches, x, drawn), told
 
 
 def run_captured(
     stage: AttentionStage, experts: Experts, plan: Plan
-) -> tuple[list[Drawn], dict[int, list[int]]] | None:
+) -> tuple[list[Drawn], dict[int, list[int]], list[PromptLogprobs]] | None:
     """Run a step as a graph, if it is one of single tokens and everything is on one device."""
     micro_batches = plan.step.micro_batches
     if stage.graphs is None or len(micro_batches) > 1 or not isinstance(experts, LocalExperts):
@@ -78,7 +70,8 @@ def run_captured(
         return None
     batch, x_TCD, logits = found
     drawn = draw_from(stage, logits, micro_batches[0])
-    return drawn, settle(stage, plan, [batch], [x_TCD], drawn)
+    # What draws after one token has no prompt left to tell of.
+    return drawn, settle(stage, plan, [batch], [x_TCD], drawn), []
 
 
 def restore(stage: AttentionStage, step: Step) -> None:
@@ -208,23 +201,25 @@ class FirstStage:
             x = self.stage.forward(padded, x, experts)
         if plan is not None:
             last = len(seat.lanes.stage_layers) - 1
-            drawn = (
-                draw(self.stage, x[: len(batches)], step.micro_batches)
+            drawn, told = (
+                outcome(self.stage, x[: len(batches)], step.micro_batches)
                 if last == 0
                 else self._draw_remotely(seat, step, x, seat.rank_of_stage(last))
             )
-            self.loop.finish(plan, drawn, settle(self.stage, plan, batches, x, drawn))
+            drafts = settle(self.stage, plan, batches, x, drawn)
+            self.loop.finish(plan, drawn, drafts, told)
         experts.settle()
 
-    def _draw_remotely(self, seat: Seat, step: Step, x: list[Tensor], last: int) -> list[Drawn]:
+    def _draw_remotely(
+        self, seat: Seat, step: Step, x: list[Tensor], last: int
+    ) -> tuple[list[Drawn], list[PromptLogprobs]]:
         out = Outgoing()
         pass_on(seat.fabric, out, step, x, seat.rank_of_stage(1))
-        wanted = [s.alternatives for m in step.micro_batches for s, _ in m.draws()]
         # An answer is due even when nothing is drawn: it says that the later stages are done.
-        size = drawn_bytes(wanted)
+        size = outcome_bytes(step)
         answer = Incoming(seat.fabric, last, TAG_TOKENS, size, self.stage.device).take()
         out.settle()
-        return unpack_drawn(answer, wanted)
+        return unpack_outcome(answer, step)
 
 
 class LaterStage:
@@ -262,8 +257,7 @@ class LaterStage:
         if stage.head is None:
             pass_on(fabric, out, step, x, seat.rank_of_stage(seat.stage_index + 1))
         else:
-            drawn = draw(stage, x, step.micro_batches)
-            message = pack_drawn(drawn).to(stage.device)
+            message = pack_outcome(*outcome(stage, x, step.micro_batches)).to(stage.device)
             out.send(fabric, message, seat.rank_of_stage(0), TAG_TOKENS, message.numel())
         experts.settle()
         out.settle()

@@ -22,7 +22,8 @@ class Part:
     guesses: each of their rows draws as well, at the position after the one before. `restore` is
     the snapshot its slot starts from (-1: none) and `keep` lists the snapshots to take: after so
     many of its rows, into that slot. `history` holds the number of prompt tokens and all tokens
-    before the first draw, for settings that depend on them.
+    before the first draw, for settings that depend on them. `tell` asks for log-probabilities of
+    prompt tokens: the first row that has to tell of one, those tokens, and how many alternatives.
     """
 
     slot: int
@@ -34,6 +35,7 @@ class Part:
     restore: int = -1
     keep: tuple[tuple[int, int], ...] = ()
     history: tuple[int, tuple[int, ...]] | None = None
+    tell: tuple[int, tuple[int, ...], int] | None = None
 
     def emitted(self, drawn: Seq[int]) -> list[int]:
         """The tokens this part yields: as many of its draws as rest on right guesses.
@@ -78,6 +80,16 @@ class MicroBatch:
                 rows += range(end - 1 - part.drafts, end)
         return rows
 
+    def tells(self) -> list[tuple[int, tuple[int, ...], int]]:
+        """As `tell` of every part that asks, with rows of the whole pass."""
+        found, at = [], 0
+        for part in self.parts:
+            if part.tell is not None:
+                first, tokens, count = part.tell
+                found.append((at + first, tokens, count))
+            at += len(part.ids)
+        return found
+
     def histories(self) -> list[tuple[int, tuple[int, ...]] | None]:
         """What was known before each draw, in the order of `draws`."""
         found: list[tuple[int, tuple[int, ...]] | None] = []
@@ -117,6 +129,7 @@ class Step:
                     [
                         *(p.slot, p.start, p.ids, p.blocks),
                         *(p.draw and _plain(p.draw), p.drafts, p.restore, p.keep, p.history),
+                        p.tell,
                     ]
                     for p in m.parts
                 ]
@@ -137,8 +150,11 @@ class Step:
                             *(draw and _settings(draw), drafts, restore),
                             tuple((after, snapshot) for after, snapshot in keep),
                             history and (history[0], tuple(history[1])),
+                            tell and (tell[0], tuple(tell[1]), tell[2]),
                         )
-                        for slot, start, ids, blocks, draw, drafts, restore, keep, history in parts
+                        for slot, start, ids, blocks, draw, drafts, restore, keep, history, tell in (
+                            parts
+                        )
                     )
                 )
                 for parts in json.loads(data)

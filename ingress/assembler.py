@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -26,16 +27,19 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A token's log-probability, and the most probable tokens in its place with theirs."""
+    """A token's log-probability, and the most probable tokens in its place with theirs.
+
+    A prompt's first token has none.
+    """
 
     token: int
-    logprob: float = 0.0
+    logprob: float | None = 0.0
     alternatives: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New text (and the tokens behind it); `finish` is set on the last one of a request.
+    """New text (and the tokens behind it) of a choice; `finish` is set on the last one of a choice.
 
     `chosen` has an element for every token.
     """
@@ -45,6 +49,7 @@ class Delta:
     tokens: tuple[int, ...] = ()
     finish: Finish | None = None
     chosen: tuple[Chosen, ...] = ()
+    index: int = 0
 
     @property
     def is_empty(self) -> bool:
@@ -59,12 +64,17 @@ class Assembler:
         decoder: None when the checkpoint has no tokenizer; deltas then carry tokens alone.
         stop: strings that end the text and are no part of it.
         splitter: tells reasoning from content; None for a plain completion.
+        index: the choice that this is.
     """
 
     def __init__(
-        self, decoder: Decoder | None, stop: tuple[str, ...], splitter: ReasoningSplitter | None
+        self,
+        decoder: Decoder | None,
+        stop: tuple[str, ...],
+        splitter: ReasoningSplitter | None,
+        index: int = 0,
     ) -> None:
-        self._decoder, self._splitter = decoder, splitter
+        self._decoder, self._splitter, self._index = decoder, splitter, index
         self._stops = StopStrings(stop)
         self._chosen: list[Chosen] = []
 
@@ -108,4 +118,17 @@ class Assembler:
         if reasoning or content or finish or self._decoder is None:
             chosen = tuple(self._chosen)
             self._chosen.clear()
-        return Delta(content, reasoning, tuple(c.token for c in chosen), finish, chosen)
+        tokens = tuple(c.token for c in chosen)
+        return Delta(content, reasoning, tokens, finish, chosen, self._index)
+
+
+def added(deltas: Sequence[Delta]) -> Delta:
+    """All deltas of one choice as one."""
+    return Delta(
+        "".join(d.content for d in deltas),
+        "".join(d.reasoning for d in deltas),
+        tuple(t for d in deltas for t in d.tokens),
+        deltas[-1].finish,
+        tuple(c for d in deltas for c in d.chosen),
+        deltas[-1].index,
+    )

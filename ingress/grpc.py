@@ -18,7 +18,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from whalepod.errors import ConfigError, DeadlineExceeded, NotReady, Overloaded, RequestError
+from whalepod.ingress.generation import EngineFailed
 from whalepod.ingress.messages import (
+    Place,
     chat_of,
     completion_of,
     field_name,
@@ -27,7 +29,7 @@ from whalepod.ingress.messages import (
     prompt_of,
     sum_up,
 )
-from whalepod.ingress.service import EngineFailed, Service, UnknownModel
+from whalepod.ingress.service import Service, UnknownModel
 from whalepod.protos import inference_pb2 as pb
 from whalepod.protos import inference_pb2_grpc as pb_grpc
 
@@ -49,7 +51,7 @@ class Servicer(pb_grpc.InferenceServicer):
     async def Complete(self, request: Any, context: Any) -> Any:
         """One message when all is done."""
         async with aclosing(_guarded(self._complete(request, context), context)) as parts:
-            return await sum_up(parts, pb.CompleteResponse())
+            return await sum_up(parts, pb.CompleteResponse)
 
     async def CompleteStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Messages as text comes."""
@@ -60,7 +62,7 @@ class Servicer(pb_grpc.InferenceServicer):
     async def Chat(self, request: Any, context: Any) -> Any:
         """One message when all is done."""
         async with aclosing(_guarded(self._chat(request, context), context)) as parts:
-            return await sum_up(parts, pb.ChatResponse())
+            return await sum_up(parts, pb.ChatResponse)
 
     async def ChatStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Messages as text comes."""
@@ -83,9 +85,10 @@ class Servicer(pb_grpc.InferenceServicer):
             options = options_of(request, time_left(context))
             ids = await service.encode_prompt(prompt_of(request))
             generation = service.complete(ids, options)
+        place = Place(generation, options.n)
         async with aclosing(generation.deltas) as deltas:
             async for delta in deltas:
-                yield completion_of(delta, generation)
+                yield completion_of(delta, place)
 
     async def _chat(self, request: Any, context: Any) -> AsyncGenerator[Any, None]:
         service = self._service
@@ -96,9 +99,10 @@ class Servicer(pb_grpc.InferenceServicer):
             thinking = request.thinking if request.HasField("thinking") else self._thinking
             ids = await service.encode_chat([message_of(m) for m in request.messages], thinking)
             generation = service.chat(ids, options)
+        place = Place(generation, options.n)
         async with aclosing(generation.deltas) as deltas:
             async for delta in deltas:
-                yield chat_of(delta, generation)
+                yield chat_of(delta, place)
 
 
 async def _guarded(parts: AsyncGenerator[Any, None], context: Any) -> AsyncGenerator[Any, None]:

@@ -19,9 +19,11 @@ from starlette.types import Receive, Scope, Send
 from whalepod import __version__
 from whalepod.errors import DeadlineExceeded, NotReady, Overloaded, RequestError
 from whalepod.ingress.body import BodyLimit
-from whalepod.ingress.openai import ChatBody, CompletionBody, error_body, parse
+from whalepod.ingress.generation import EngineFailed
+from whalepod.ingress.objects import error_body
+from whalepod.ingress.openai import ChatBody, CompletionBody, parse
 from whalepod.ingress.replies import ChatReply, CompletionReply, Reply
-from whalepod.ingress.service import EngineFailed, Service, UnknownModel
+from whalepod.ingress.service import Service, UnknownModel
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -80,7 +82,8 @@ def make_app(
             service.check_model(body.model)
             thinking = body.is_thinking(default_thinking)
             ids = await service.encode_chat([m.plain() for m in body.messages], thinking)
-            options = body.options(body.max_completion_tokens or body.max_tokens)
+            most = body.max_completion_tokens
+            options = body.options(body.max_tokens if most is None else most)
             generation = service.chat(ids, options)
         return await _answer(request, ChatReply(service, generation, body), body.stream)
 

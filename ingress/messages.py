@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from whalepod.engine.prompt import PromptLogprobs
 from whalepod.engine.request import Grammar
 from whalepod.errors import RequestError
 from whalepod.ingress.assembler import Chosen, Delta
-from whalepod.ingress.options import MAX_BIASES, MAX_LOGPROBS, Options
-from whalepod.ingress.service import Generation
+from whalepod.ingress.generation import Generation
+from whalepod.ingress.options import MAX_BIASES, MAX_CHOICES, MAX_LOGPROBS, Options
+from whalepod.ingress.outputs import check_max_tokens
 from whalepod.ingress.structured import any_object, choice_of, schema_of, text_of
 from whalepod.model.chat import Message
 from whalepod.protos import inference_pb2 as pb
@@ -21,6 +24,7 @@ _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 _FIELDS = {"prompt": "input", "max_tokens": "sampling.max_tokens", "stop": "sampling.stop"} | {
     "stop_token_ids": "sampling.stop_token_ids",
     "structured_outputs": "sampling.structured_output",
+    "n": "sampling.n",
 }
 
 
@@ -63,15 +67,16 @@ def options_of(
         priority=request.priority,
         timeout_s=timeout_s,
         grammar=_grammar_of(sampling),
-        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        logprobs=given("logprobs", None),
+        prompt_logprobs=given("prompt_logprobs", None),
+        n=given("n", 1),
     )
     _check_ranges(options)
     if not 0 <= options.temperature <= 2:
         raise _out_of("temperature", options.temperature, "0 to 2")
     if not 0 < options.top_p <= 1:
         raise _out_of("top_p", options.top_p, "above 0, at most 1")
-    if options.max_tokens == 0:
-        raise _out_of("max_tokens", 0, "at least 1")
+    check_max_tokens(options.max_tokens, options.prompt_logprobs is not None)
     return options
 
 
@@ -103,8 +108,11 @@ def _check_ranges(options: Options) -> None:
         raise _out_of("repetition_penalty", options.repetition_penalty, "above 0, at most 10")
     if not 0 <= options.min_p <= 1:
         raise _out_of("min_p", options.min_p, "0 to 1")
-    if (options.logprobs or 0) > MAX_LOGPROBS:
-        raise _out_of("logprobs", options.logprobs or 0, f"at most {MAX_LOGPROBS}")
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(options, name) or 0) > MAX_LOGPROBS:
+            raise _out_of(name, getattr(options, name), f"at most {MAX_LOGPROBS}")
+    if not 1 <= options.n <= MAX_CHOICES:
+        raise _out_of("n", options.n, f"1 to {MAX_CHOICES}")
     wrong = next((v for _, v in options.logit_bias if not -100 <= v <= 100), None)
     if wrong is not None:
         raise _out_of("logit_bias", wrong, "-100 to 100")
@@ -136,25 +144,48 @@ def message_of(message: pb.Message) -> Message:
     )
 
 
-def completion_of(delta: Delta, generation: Generation) -> pb.CompleteResponse:
+def completion_of(delta: Delta, place: Place) -> pb.CompleteResponse:
     """A part of a completion."""
-    return pb.CompleteResponse(text=delta.content, **_common(delta, generation))
+    return pb.CompleteResponse(text=delta.content, **_common(delta, place))
 
 
-def chat_of(delta: Delta, generation: Generation) -> pb.ChatResponse:
+def chat_of(delta: Delta, place: Place) -> pb.ChatResponse:
     """A part of an assistant turn."""
     return pb.ChatResponse(
-        content=delta.content, reasoning_content=delta.reasoning, **_common(delta, generation)
+        content=delta.content, reasoning_content=delta.reasoning, **_common(delta, place)
     )
 
 
-def _common(delta: Delta, generation: Generation) -> dict[str, Any]:
-    fields: dict[str, Any] = {"id": generation.id, "token_ids": delta.tokens}
+@dataclass(slots=True)
+class Place:
+    """Where in a generation the next message stands.
+
+    Args:
+        unfinished: answers without a finish_reason so far.
+    """
+
+    generation: Generation
+    unfinished: int
+    begun: bool = False
+
+
+def _common(delta: Delta, place: Place) -> dict[str, Any]:
+    generation = place.generation
+    fields: dict[str, Any] = {
+        "id": generation.id,
+        "token_ids": delta.tokens,
+        "index": delta.index,
+    }
+    if not place.begun and generation.prompt is not None:
+        fields["prompt_logprobs"] = _told_of_prompt(generation.prompt_ids, generation.prompt)
+    place.begun = True
     if generation.logprobs is not None:
         fields["logprobs"] = [_told(one) for one in delta.chosen]
     if delta.finish is not None:
-        used = generation.usage
+        place.unfinished -= 1
         fields["finish_reason"] = _FINISH[delta.finish]
+    if not place.unfinished:
+        used = generation.usage
         fields["usage"] = pb.Usage(
             prompt_tokens=used.prompt_tokens,
             completion_tokens=used.completion_tokens,
@@ -170,20 +201,49 @@ def _told(one: Chosen) -> pb.TokenLogprob:
     return pb.TokenLogprob(token_id=one.token, logprob=one.logprob, top=top)
 
 
-async def sum_up(parts: AsyncIterator[Response], total: Response) -> Response:
-    """Add streamed parts up to one message."""
-    names = [f.name for f in total.DESCRIPTOR.fields if f.name in _TEXTS]
-    texts: dict[str, list[str]] = {name: [] for name in names}
+def _told_of_prompt(ids: Sequence[int], told: PromptLogprobs) -> list[pb.TokenLogprob]:
+    ranks, tops = (
+        told.ranks_R.tolist(),
+        zip(told.ids_RK.tolist(), told.values_RK.tolist(), strict=True),
+    )
+    rows = zip(ids[1:], told.logprobs_R.tolist(), ranks, tops, strict=True)
+    return [pb.TokenLogprob(token_id=ids[0])] + [
+        pb.TokenLogprob(
+            token_id=token,
+            logprob=logprob,
+            rank=rank,
+            top=[pb.TokenLogprob(token_id=i, logprob=p) for i, p in zip(*top, strict=True)],
+        )
+        for token, logprob, rank, top in rows
+    ]
+
+
+async def sum_up(parts: AsyncIterator[Response], kind: type[Response]) -> Response:
+    """Add streamed parts up to one message: the first answer, and in it the others."""
+    by_index: dict[int, list[Response]] = {}
     async for part in parts:
-        for name, said in texts.items():
-            said.append(getattr(part, name))
+        by_index.setdefault(part.index, []).append(part)
+    first, *others = (_added(by_index[index], kind()) for index in sorted(by_index))
+    for other in others:
+        if other.HasField("usage"):
+            first.usage.CopyFrom(other.usage)
+            other.ClearField("usage")
+    first.others.extend(others)
+    return first
+
+
+def _added(parts: Sequence[Response], total: Response) -> Response:
+    """All parts of one answer as one."""
+    for part in parts:
         total.token_ids.extend(part.token_ids)
         total.logprobs.extend(part.logprobs)
-        total.id, total.finish_reason = part.id, part.finish_reason
+        total.prompt_logprobs.extend(part.prompt_logprobs)
         if part.HasField("usage"):
             total.usage.CopyFrom(part.usage)
-    for name, said in texts.items():
-        setattr(total, name, "".join(said))
+    last = parts[-1]
+    total.id, total.finish_reason, total.index = last.id, last.finish_reason, last.index
+    for name in (f.name for f in total.DESCRIPTOR.fields if f.name in _TEXTS):
+        setattr(total, name, "".join(getattr(part, name) for part in parts))
     return total
 
 

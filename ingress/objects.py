@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from whalepod.ingress.service import Generation
+from whalepod.ingress.generation import Generation
 
 
 def usage(generation: Generation) -> dict[str, Any]:
@@ -34,7 +34,25 @@ def envelope(kind: str, prefix: str, generation: Generation, model: str) -> dict
 
 
 def choice(
-    finish: str | None, logprobs: dict[str, Any] | None = None, **fields: Any
+    index: int, finish: str | None, logprobs: dict[str, Any] | None = None, **fields: Any
 ) -> dict[str, Any]:
-    """A choice with index 0."""
-    return {"index": 0, **fields, "logprobs": logprobs, "finish_reason": finish}
+    """One of the choices."""
+    return {"index": index, **fields, "logprobs": logprobs, "finish_reason": finish}
+
+
+def error_body(
+    message: str, kind: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """An OpenAI error object; what a client sent and no encoding can carry is escaped."""
+    return {
+        "error": {
+            "message": _clean(message),
+            "type": kind,
+            "param": None if param is None else _clean(param),
+            "code": code,
+        }
+    }
+
+
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -22,6 +22,7 @@ from whalepod.ingress.options import (
     PRIORITIES,
     Options,
 )
+from whalepod.ingress.outputs import Outputs, check_best_of, check_max_tokens, prompt_count
 from whalepod.ingress.structured import (
     NamedSchema,
     ResponseFormat,
@@ -32,9 +33,6 @@ from whalepod.model.chat import Message
 
 # Not offered yet, and the values (beside empty ones) that ask for nothing: clients send defaults.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (),
     "suffix": (),
     "tools": (),
     "tool_choice": ("none", "auto"),
@@ -70,7 +68,7 @@ _Bias = Annotated[float, Field(ge=-100, le=100)]
 _Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
-class Common(Body):
+class Common(Outputs, Body):
     """Fields that completions and chat share."""
 
     model: str | None = None
@@ -84,8 +82,6 @@ class Common(Body):
     cache_salt: str | None = Field(default=None, max_length=256)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(default=None, ge=1)
-    n: int | None = Field(default=None, ge=1)
     user: str | None = None
     return_token_ids: bool = False
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -116,7 +112,8 @@ class Common(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def options(self, max_tokens: int | None) -> Options:
-        """The settings with defaults filled in."""
+        """The settings with defaults filled in. Raises RequestError."""
+        check_max_tokens(max_tokens, self.echoes or self.prompt_logprobs is not None)
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Options(
             max_tokens=max_tokens,
@@ -140,12 +137,19 @@ class Common(Body):
             timeout_s=self.timeout,
             grammar=wanted(self.response_format, self.structured_outputs),
             logprobs=self.logprobs_wanted,
+            prompt_logprobs=prompt_count(self.prompt_logprobs, self.echoes, self.logprobs_wanted),
+            n=self.n or 1,
         )
 
     @property
     def logprobs_wanted(self) -> int | None:
         """Alternatives to tell with each token; None: no log-probabilities."""
         return None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt comes before the text."""
+        return False
 
 
 class CompletionBody(Common):
@@ -161,6 +165,16 @@ class CompletionBody(Common):
     def logprobs_wanted(self) -> int | None:
         """See `Common`."""
         return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        """See `Common`."""
+        return bool(self.echo)
+
+    def options(self, max_tokens: int | None) -> Options:
+        """See `Common`."""
+        check_best_of(self.best_of, self.n)
+        return super().options(max_tokens)
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -201,7 +215,7 @@ class ChatBody(Common):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=0)
     thinking: Thinking | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -275,21 +289,3 @@ _FIELDS = {
     for name in (field, info.alias)
     if name
 }
-
-
-def error_body(
-    message: str, kind: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """An OpenAI error object; what a client sent and no encoding can carry is escaped."""
-    return {
-        "error": {
-            "message": _clean(message),
-            "type": kind,
-            "param": None if param is None else _clean(param),
-            "code": code,
-        }
-    }
-
-
-def _clean(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()

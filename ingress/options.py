@@ -15,6 +15,8 @@ MAX_STOP_IDS = 128
 MAX_BIASES = 1024
 # Most alternatives that are told with a token.
 MAX_LOGPROBS = 20
+# Most choices of one request.
+MAX_CHOICES = 128
 # Priorities are 32-bit integers in every protocol.
 PRIORITIES = (-(1 << 31), (1 << 31) - 1)
 
@@ -24,7 +26,7 @@ class Options:
     """How to generate, with every default already filled in but `max_tokens`.
 
     `logprobs` is how many alternatives are told with each token and its log-probability; None: not even
-    that.
+    that. `prompt_logprobs` is the same for tokens of the prompt. So many choices, `n`, are made.
     """
 
     max_tokens: int | None = None
@@ -48,6 +50,8 @@ class Options:
     timeout_s: float | None = None
     grammar: Grammar | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
 
 
 def adjust_of(options: Options, model: ModelConfig) -> Adjust | None:

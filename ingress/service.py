@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from whalepod.engine.client import EngineClient
-from whalepod.engine.request import FinishReason, Request, Sampling, TokenEvent
-from whalepod.errors import DeadlineExceeded, NotReady, Overloaded, RequestError, WhalepodError
-from whalepod.ingress.assembler import Assembler, Delta, Finish
-from whalepod.ingress.deadline import within
+from whalepod.engine.request import Request, Sampling
+from whalepod.errors import RequestError
+from whalepod.ingress.assembler import Assembler
+from whalepod.ingress.generation import Choice, Generation, Runner, Usage, further
 from whalepod.ingress.options import MAX_STOP_IDS, MAX_STOPS, Options, adjust_of, check_ids
-from whalepod.ingress.structured import after_reasoning, check_grammar, trial_of
-from whalepod.metrics import Metrics, Stopwatch
+from whalepod.ingress.structured import after_reasoning, trial_of
+from whalepod.metrics import Metrics
 from whalepod.model.chat import THINK, Message, ReasoningSplitter, render
 from whalepod.model.shape import ModelConfig
 from whalepod.model.tokenizer import Tokenizer
@@ -27,47 +26,6 @@ _LONG_TEXT = 16384
 
 class UnknownModel(RequestError):
     """The request names another model than the one served."""
-
-
-class EngineFailed(WhalepodError):
-    """The engine ended a request without a result; the message says why."""
-
-
-@dataclass(slots=True)
-class Usage:
-    """Token counts of one request; of `drafted_tokens` guesses, `accepted_tokens` are in the answer."""
-
-    prompt_tokens: int
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-
-    @property
-    def total_tokens(self) -> int:
-        """Both together."""
-        return self.prompt_tokens + self.completion_tokens
-
-    def add(self, event: TokenEvent) -> None:
-        """Count one more token."""
-        if not self.completion_tokens:
-            self.cached_tokens = min(event.cached, self.prompt_tokens)
-        self.completion_tokens += 1
-        self.drafted_tokens += event.drafted
-        self.accepted_tokens += event.accepted
-
-
-@dataclass(slots=True)
-class Generation:
-    """A request under way: iterate `deltas`, close it to cancel; `usage` counts along.
-
-    Iterating raises what `EngineClient.generate` raises, and EngineFailed.
-    """
-
-    id: str
-    usage: Usage
-    logprobs: int | None = None
-    deltas: AsyncGenerator[Delta, None] = field(init=False)
 
 
 class Service:
@@ -141,30 +99,38 @@ class Service:
 
     def complete(self, prompt_ids: list[int], options: Options) -> Generation:
         """Generate after a prompt."""
-        return self._start(prompt_ids, options, None)
+        return self._start(prompt_ids, options, lambda: None)
 
     def chat(self, prompt_ids: list[int], options: Options) -> Generation:
         """Generate an assistant turn, split into reasoning and content."""
         tokenizer = self._need_tokenizer("messages")
         # A prompt may end behind the reasoning: in chat mode, or where a prefix is continued.
         is_open = prompt_ids[-1] == tokenizer.control_id(THINK)
-        return self._start(prompt_ids, options, ReasoningSplitter(tokenizer, is_open))
+        options = after_reasoning(options, ReasoningSplitter(tokenizer, is_open))
+        return self._start(prompt_ids, options, lambda: ReasoningSplitter(tokenizer, is_open))
 
     def _start(
-        self, prompt_ids: list[int], options: Options, splitter: ReasoningSplitter | None
+        self,
+        prompt_ids: list[int],
+        options: Options,
+        splitter: Callable[[], ReasoningSplitter | None],
     ) -> Generation:
-        if splitter is not None:
-            options = after_reasoning(options, splitter)
-        request = self._request(prompt_ids, options)
-        decoder = self.tokenizer.detokenizer() if self.tokenizer else None
-        assembler = Assembler(decoder, options.stop, splitter)
-        generation = Generation(request.id, Usage(len(prompt_ids)), options.logprobs)
-        generation.deltas = self._deltas(generation.usage, request, assembler)
+        first = self._request(prompt_ids, options)
+        choices = []
+        for index in range(options.n):
+            request = further(first, index) if index else first
+            decoder = self.tokenizer.detokenizer() if self.tokenizer else None
+            assembler = Assembler(decoder, options.stop, splitter(), index)
+            choices.append(Choice(index, request, assembler))
+        told = options.logprobs, options.prompt_logprobs
+        generation = Generation(first.id, Usage(len(prompt_ids)), prompt_ids, *told)
+        runner = Runner(self.client, self.metrics, self.trial, generation)
+        generation.deltas = runner.deltas(choices)
         return generation
 
     def _request(self, prompt_ids: list[int], options: Options) -> Request:
         self._check_stops(options)
-        vocabulary = self.model.vocab_size
+        vocabulary, told = self.model.vocab_size, options.prompt_logprobs
         seed = options.seed if options.seed is not None else secrets.randbits(63)
         return Request(
             id=secrets.token_hex(12),
@@ -184,11 +150,13 @@ class Service:
             cache_salt=options.cache_salt,
             priority=options.priority,
             timeout_s=options.timeout_s,
+            prompt_logprobs=told if told is None else min(told, vocabulary),
+            copies=options.n,
         )
 
     def _budget(self, prompt_tokens: int, wanted: int | None) -> int:
         room = self.max_context - prompt_tokens
-        if room < 1:
+        if room < (wanted != 0):
             raise RequestError(
                 f"the prompt has {prompt_tokens} tokens and the context holds "
                 f"{self.max_context}, output included; shorten the prompt",
@@ -217,50 +185,6 @@ class Service:
                 "stop",
             )
 
-    async def _deltas(
-        self, usage: Usage, request: Request, assembler: Assembler
-    ) -> AsyncGenerator[Delta, None]:
-        watch = Stopwatch(self.metrics, usage.prompt_tokens)
-        reason, refusal = "abort", None
-        try:
-            await check_grammar(self.trial, request)
-            events = within(self.client.generate(request), request.timeout_s)
-            async with aclosing(events):
-                async for event in events:
-                    finish = _verdict(event)
-                    usage.add(event)
-                    watch.token(
-                        queued_s=event.queued_s,
-                        preempted=event.preempted,
-                        drafted=event.drafted,
-                        accepted=event.accepted,
-                    )
-                    if usage.completion_tokens == 1:
-                        self.metrics.prefix_queries.inc(usage.prompt_tokens)
-                        self.metrics.prefix_hits.inc(usage.cached_tokens)
-                    is_end = finish == "stop" and not request.ignore_eos
-                    delta = assembler.push(event, finish, is_end)
-                    if delta.finish is not None:
-                        break
-                    if not delta.is_empty:
-                        yield delta
-                else:
-                    raise EngineFailed("the engine's stream broke off; send the request again")
-            # The engine is let go before the last delta is out, however slow the client.
-            reason = delta.finish
-            yield delta
-        except DeadlineExceeded:
-            reason = "deadline"
-            raise
-        except Exception as error:
-            reason, refusal = "error", None if watch.tokens else _refusal(error)
-            raise
-        finally:
-            if refusal is not None:
-                watch.refuse(refusal)
-            else:
-                watch.end(reason)
-
     def _need_tokenizer(self, param: str) -> Tokenizer:
         if self.tokenizer is None:
             raise RequestError(
@@ -269,20 +193,6 @@ class Service:
                 param,
             )
         return self.tokenizer
-
-
-def _refusal(error: Exception) -> str | None:
-    kinds = ((RequestError, "invalid"), (Overloaded, "overloaded"), (NotReady, "not_ready"))
-    return next((name for kind, name in kinds if isinstance(error, kind)), None)
-
-
-def _verdict(event: TokenEvent) -> Finish | None:
-    finish: FinishReason | None = event.finish
-    if finish == "deadline":
-        raise DeadlineExceeded(event.error or "the request's time was over")
-    if finish == "error" or finish == "abort":
-        raise EngineFailed(event.error or "the engine gave the request up; send it again")
-    return finish
 
 
 async def _beside(size: int, encode: Callable[[], list[int]]) -> list[int]:

@@ -86,7 +86,7 @@ HOSTILE = [
     ('{"prompt": "x", "max_tokens": ' + "9" * 4_000 + "}", "ask for at most"),
     ('{"prompt": [' + "9" * 4_000 + "]}", "outside the vocabulary"),
     ('{"prompt": "x", "\\ud800": 1}', "is not known here"),
-    ('{"prompt": "x", "user": "\\ud800", "n": 2}', "or send 1"),
+    ('{"prompt": "x", "user": "\\ud800", "n": 200}', "or equal to 128"),
     ('{"prompt": "x", "stop_token_ids": [1024]}', "outside the vocabulary"),
     ('{"prompt": "x", "model": "' + "m" * 50_000 + '"}', "not served here"),
     ('{"prompt": "' + "word " * 19_000 + '"}', "the context holds 200"),

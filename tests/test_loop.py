@@ -85,6 +85,16 @@ def test_a_stop_token_is_emitted_and_ends_the_text(harness: Harness) -> None:
     assert finishes == {"a": "stop", "b": "length"}
 
 
+def test_a_prompt_alone_ends_when_it_is_computed(harness: Harness) -> None:
+    harness.loop.submit(Request("alone", tuple(range(37)), 0))
+    harness.loop.submit(Request("other", (1, 2, 3), 2))
+    harness.drain()
+    (event,) = [e for e in harness.events if e.request_id == "alone"]
+    assert (event.index, event.token, event.finish) == (0, -1, "length")
+    assert harness.tokens("other") == [103, 104]
+    harness.assert_empty()
+
+
 def test_replayed_tokens_are_counted_but_not_emitted_again(harness: Harness) -> None:
     harness.loop.submit(ask("a", emitted=(103, 104)))
     harness.drain()

@@ -14,8 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from whalepod.engine.request import Request, TokenEvent
 from whalepod.errors import NotReady, Overloaded, RequestError
+from whalepod.ingress.generation import EngineFailed
 from whalepod.ingress.options import Options
-from whalepod.ingress.service import EngineFailed, Service
+from whalepod.ingress.service import Service
 from whalepod.metrics import Metrics
 from whalepod.model.chat import Message
 

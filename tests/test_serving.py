@@ -221,6 +221,42 @@ def test_openai_completions(served: Served, expected: list[list[int]]) -> None:
     assert chunks[-1].usage == whole.usage
 
 
+def test_prompts_are_told_of_and_choices_made(served: Served) -> None:
+    with client_of(served) as client:
+        model = client.models.list().data[0].id
+        # The model is random, so its text would not be encoded as it was made; ids are.
+        made = client.completions.create(
+            model=model,
+            prompt=list(range(40, 240)),
+            max_tokens=8,
+            n=3,
+            seed=5,
+            logprobs=2,
+            extra_body={"return_token_ids": True},
+        )
+        assert [choice.index for choice in made.choices] == [0, 1, 2]
+        assert made.usage is not None
+        assert made.usage.prompt_tokens == 200
+        for choice in made.choices:
+            assert choice.model_extra is not None
+            assert choice.logprobs is not None
+            known = [*range(40, 240), *choice.model_extra["token_ids"]]
+            told = client.completions.create(
+                model=model,
+                prompt=known,
+                max_tokens=0,
+                echo=True,
+                logprobs=2,
+                extra_body={"prompt_logprobs": 0},
+            )
+            again = told.choices[0].logprobs
+            assert again is not None
+            assert again.token_logprobs is not None
+            assert again.token_logprobs[200:] == choice.logprobs.token_logprobs
+            assert again.top_logprobs is not None
+            assert again.top_logprobs[200:] == choice.logprobs.top_logprobs
+
+
 def test_openai_chat(served: Served) -> None:
     messages: list[Any] = [
         {"role": "system", "content": "Be brief."},

@@ -114,7 +114,7 @@ class Stopwatch:
         self._metrics, self._prompt_tokens = metrics, prompt_tokens
         self._started = time.perf_counter()
         self._first = self._last = 0.0
-        self.tokens = 0
+        self.tokens, self.begun = 0, False
         metrics.waiting.inc()
 
     def token(
@@ -122,22 +122,28 @@ class Stopwatch:
     ) -> None:
         """A token has come; what the engine says of it is in `TokenEvent`."""
         now, metrics = time.perf_counter(), self._metrics
-        metrics.preemptions.inc(preempted)
         metrics.draft_tokens.inc(drafted)
         metrics.accepted_tokens.inc(accepted)
-        if self.tokens:
+        if self.begun:
+            metrics.preemptions.inc(preempted)
             metrics.between_tokens.observe(now - self._last)
         else:
+            self.begin(queued_s, preempted)
             self._first = now
             metrics.first_token.observe(now - self._started)
-            metrics.queue_time.observe(queued_s)
-            metrics.prefill_time.observe(max(0.0, now - self._started - queued_s))
-            metrics.waiting.dec()
-            metrics.running.inc()
-            metrics.prompt_tokens.inc(self._prompt_tokens)
         self._last = now
         self.tokens += 1
         metrics.generation_tokens.inc()
+
+    def begin(self, queued_s: float, preempted: int) -> None:
+        """The prompt is computed."""
+        self.begun, metrics = True, self._metrics
+        metrics.preemptions.inc(preempted)
+        metrics.queue_time.observe(queued_s)
+        metrics.prefill_time.observe(max(0.0, time.perf_counter() - self._started - queued_s))
+        metrics.waiting.dec()
+        metrics.running.inc()
+        metrics.prompt_tokens.inc(self._prompt_tokens)
 
     def end(self, reason: str) -> None:
         """The request has ended after it was taken in."""
@@ -158,5 +164,5 @@ class Stopwatch:
         self._metrics.rejected(reason)
 
     def _leave(self) -> None:
-        gauge = self._metrics.running if self.tokens else self._metrics.waiting
+        gauge = self._metrics.running if self.begun else self._metrics.waiting
         gauge.dec()
