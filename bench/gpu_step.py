@@ -68,22 +68,17 @@ class Slice:
         """Draw the weights."""
         model = Model(path="random", dtype="bf16", fidelity=fidelity)  # type: ignore[arg-type]
         source = Source(model, RandomCheckpoint(config, device), device, packed=True)  # type: ignore[arg-type]
-        before = _allocated(device)
+        before = allocated(device)
         stage = source.stage(config.layers, slots=256, blocks=blocks)
         gates = {layer: source.gate(layer) for layer in config.layers}
         for gate in gates.values():
             gate.__class__ = CountingGate
-        weights = _allocated(device) - before - stage.cache.nbytes
+        weights = allocated(device) - before - stage.cache.nbytes
         assert stage.embedding is not None
         tables = {layer: source.experts(layer) for layer in config.layers}
         held = sum(t.nbytes for t in tables.values())  # type: ignore[union-attr]
         each = held / len(tables) / config.n_routed_experts
-        for layer in stage.cache.layers.values():
-            for rings in (layer.window, *(p.raw for p in (layer.main, layer.index) if p)):
-                rings.normal_()
-            for part in (layer.main, layer.index):
-                if part is not None:
-                    part.stored.normal_()
+        fill_cache(stage)
         found = {layer: gate for layer, gate in gates.items() if isinstance(gate, CountingGate)}
         embedding = stage.embedding.nbytes
         return cls(config, stage, LocalExperts(gates, tables), found, each, weights - embedding)
@@ -116,7 +111,18 @@ class Slice:
         return self.weight_bytes + experts + keys
 
 
-def _allocated(device: str) -> int:
+def fill_cache(stage: AttentionStage) -> None:
+    """Draw what contexts would have left in rings and pools."""
+    for layer in stage.cache.layers.values():
+        for rings in (layer.window, *(p.raw for p in (layer.main, layer.index) if p)):
+            rings.normal_()
+        for part in (layer.main, layer.index):
+            if part is not None:
+                part.stored.normal_()
+
+
+def allocated(device: str) -> int:
+    """Bytes of tensors on the device."""
     return torch.cuda.memory_allocated() if device == "cuda" else 0
 
 
@@ -143,7 +149,7 @@ def decode_line(found: Slice, batch: int, context: int, copy: float, capture: bo
         whole.append(time.perf_counter() - start)
         if capture:
             device.append(before.elapsed_time(after) / 1e3)
-    distinct = sum(g.distinct for g in found.gates.values()) / len(found.gates)
+    distinct = sum(g.distinct for g in found.gates.values()) / max(1, len(found.gates))
     took = statistics.median(device[4:]) if capture else float("nan")
     total = statistics.median(whole[4:])
     return (
