@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from whalepod.kernels import dense_wide
 from whalepod.kernels.jit import INTERPRETED, triton
 from whalepod.kernels.overlap import early
 
@@ -20,6 +21,7 @@ _LARGE: dict[Kind, Tile] = {
     "quant": (64, 128, 4, 3),  # it keeps two sums of a tile, and a third where chunks are added
     "bf16": (128, 128, 8, 3),
 }
+_FILLS: dict[Kind, int] = {"fp8": 100, "quant": 132, "bf16": 132}  # large tiles that are enough
 
 
 def tile_of(kind: Kind, rows: int, outputs: int, fp32: bool = False) -> Tile:
@@ -31,7 +33,7 @@ def tile_of(kind: Kind, rows: int, outputs: int, fp32: bool = False) -> Tile:
         if rows <= tile[1]:
             return tile
     n, m, *_ = _LARGE[kind]
-    fills = triton.cdiv(rows, m) * triton.cdiv(outputs, n) >= _PROGRAMS // 2
+    fills = triton.cdiv(rows, m) * triton.cdiv(outputs, n) >= _FILLS[kind]
     return _LARGE[kind] if fills else _SMALL[-1]
 
 
@@ -58,6 +60,8 @@ def dense(
     """
     rows = x.shape[0]
     chunk = chunk_of(outputs, columns, groups, kind)
+    if kind == "fp8" and w_scales is not None and dense_wide.pays(x, columns):
+        return dense_wide.product(x, w, w_scales, outputs, columns, groups, chunk, dtype)
     chunks = triton.cdiv(triton.cdiv(columns, _BLOCK), chunk)
     apart = rows <= _APART_ROWS and chunks > 1
     whole = not (apart or parts)

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels import dense as launches
+from whalepod.kernels import dense_wide
 from whalepod.kernels.fp8_linear import Fp8Matrix, decode, fp8_linear, pack
+from whalepod.kernels.jit import runs
 from whalepod.model.quant import decode_fp8, encode_fp8, fake_fp8
 
 GPU = torch.cuda.is_available()
@@ -83,3 +85,22 @@ def test_a_row_does_not_depend_on_its_company(
     for count in (1, 17, 33, 128, 129):
         if count < rows:
             assert torch.equal(fp8_linear(x[:count], m, released), together[:count])
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(("outputs", "columns", "groups"), [(256, 1280, 2), (130, 256, 1)])
+def test_widening_a_matrix_first_changes_no_bit(
+    outputs: int, columns: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole rows of tiles and part of one more."""
+    rows = 4200 if GPU else 3
+    if not GPU:  # the same paths with fewer rows
+        monkeypatch.setattr(dense_wide, "LEAST_ROWS", 3)
+        monkeypatch.setattr(dense_wide, "_SMALL", (128, 16, 64, 8, 4))
+    m, x = matrix(outputs, columns, groups), torch.randn(rows, groups * columns)
+    x = x.to(DEVICE, torch.bfloat16)
+    assert not runs(DEVICE) or dense_wide.pays(x, columns)
+    together = fp8_linear(x, m)
+    for i in (0, 1, rows // 2, rows - 1):
+        assert torch.equal(fp8_linear(x[i : i + 1], m), together[i : i + 1])
+    close(together[-70:], truth(x[-70:], m, False))
