@@ -275,14 +275,6 @@ GROUPS = {
 }
 
 
-def rows(
-    sizes: Sequence[int] | None = None, only: Sequence[str] = (), compiled: bool = False
-) -> list[Row]:
-    """Measure; `sizes` replaces the token counts of every group."""
-    wanted = [group for name, group in GROUPS.items() if not only or name in only]
-    return [row for group, usual in wanted for row in group(sizes or usual, compiled)]
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--compiled", action="store_true", help="torch.compile as a peer")

@@ -60,7 +60,7 @@ def dense(
     """
     rows = x.shape[0]
     chunk = chunk_of(outputs, columns, groups, kind)
-    if kind == "fp8" and w_scales is not None and dense_wide.pays(x, columns):
+    if kind == "fp8" and w_scales is not None and not parts and dense_wide.pays(x, columns):
         return dense_wide.product(x, w, w_scales, outputs, columns, groups, chunk, dtype)
     chunks = triton.cdiv(triton.cdiv(columns, _BLOCK), chunk)
     apart = rows <= _APART_ROWS and chunks > 1

@@ -219,7 +219,8 @@ def test_usage_counts_guesses_over_grpc() -> None:
     (request,) = engine.requests
     assert request.priority == -3
     assert request.timeout_s is not None
-    assert 50 < request.timeout_s <= 60
+    # gRPC sends a deadline with three digits, rounded up: a server may see a little more.
+    assert 50 < request.timeout_s < 61
 
 
 def test_metrics_count_guesses_preemptions_and_phases() -> None:
