@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from whalepod.kernels.linear import ROW_STEP
+from whalepod.kernels.linear import ROW_STEP, product_in_steps
 from whalepod.kernels.registry import Kernel
 from whalepod.kernels.swiglu import swiglu
 
@@ -66,12 +66,8 @@ def run_pairs(
     at = torch.tensor(order, device=x_MD.device)
     x = x_MD[at // share]
     x = rounding(x) if rounding else x
-    gate_up = x.new_empty(len(order), spans[0][0].w13.shape[0])
-    for one, a, b in spans:
-        torch.mm(x[a:b], one.w13.t(), out=gate_up[a:b])
+    gate_up = torch.cat([product_in_steps(x[a:b], one.w13) for one, a, b in spans])
     inner = swiglu(gate_up, limit, weights_N[at])
     inner = rounding(inner) if rounding else inner
-    out = torch.empty_like(x)
-    for one, a, b in spans:
-        torch.mm(inner[a:b], one.w2.t(), out=out[a:b])
+    out = torch.cat([product_in_steps(inner[a:b], one.w2) for one, a, b in spans])
     return out[torch.tensor(place, device=x_MD.device)]

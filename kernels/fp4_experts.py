@@ -14,6 +14,7 @@ from torch import Tensor
 from whalepod.kernels.act_quant import round_fp8
 from whalepod.kernels.fp4 import Fp4Stack, decode
 from whalepod.kernels.jit import INTERPRETED, runs, triton
+from whalepod.kernels.linear import linear
 from whalepod.kernels.overlap import early
 from whalepod.kernels.registry import Kernel
 from whalepod.kernels.route import Route, route
@@ -82,10 +83,10 @@ def fp4_experts(
     slots = slot_of_E[experts_TK.clamp(0, slot_of_E.numel() - 1).long()].masked_fill(~inside, -1)
     for slot in range(w13.count):
         pairs = (slots.flatten() == slot).nonzero()[:, 0]
-        gate_up = x[pairs // k].float() @ decode(_one(w13, slot))[0].t()
+        gate_up = linear.reference(x[pairs // k].float(), decode(_one(w13, slot))[0])
         inner = swiglu.reference(gate_up.to(x.dtype), limit, weights_TK.flatten()[pairs])
         inner = round_fp8.reference(inner) if released else inner
-        out[pairs] = (inner.float() @ decode(_one(w2, slot))[0].t()).to(x.dtype)
+        out[pairs] = linear.reference(inner.float(), decode(_one(w2, slot))[0]).to(x.dtype)
     return out.view(tokens, k, w2.rows)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from whalepod.kernels.act_quant import act_quant, round_fp8
 from whalepod.kernels.dense import dense
 from whalepod.kernels.jit import runs
+from whalepod.kernels.linear import grouped_linear
 from whalepod.kernels.registry import Kernel
 
 BLOCK = 128
@@ -111,9 +112,8 @@ def fp8_linear(x_MK: Tensor, matrix: Fp8Matrix, released: bool = False) -> Tenso
         there are.
     """
     x = round_fp8.reference(_grouped(x_MK, matrix)) if released else _grouped(x_MK, matrix)
-    split = x.float().unflatten(0, (x_MK.shape[0], matrix.groups)).transpose(0, 1)
-    out = torch.bmm(split, decode(matrix).transpose(1, 2)).transpose(0, 1)
-    return out.flatten(1).to(x_MK.dtype)
+    split = x.float().unflatten(0, (x_MK.shape[0], matrix.groups))
+    return grouped_linear.reference(split, decode(matrix)).to(x_MK.dtype)
 
 
 def _grouped(x_MK: Tensor, matrix: Fp8Matrix) -> Tensor:

@@ -11,18 +11,24 @@ from torch import Tensor
 
 from whalepod.kernels.registry import Kernel
 
-# CPU BLAS takes another summation order below 4 rows, and splits odd small row counts over
-# threads. Padding to a multiple of 4 below 16 keeps every row's bits the same for every M, so
-# a token's value does not depend on its company (tests/test_linear.py).
-ROW_STEP, _SAFE = 4, 16
+# CPU BLAS chooses its kernel, and with it the order of sums, by the number of rows, each processor
+# another way. Products of this many rows at a time, filled up with zeros, take one kernel always, so a
+# token's value does not depend on its company (tests/test_linear.py).
+ROW_STEP = 16
 
 
-def padded_rows(x: Tensor) -> tuple[Tensor, int]:
-    """Pad the first dim with zeros where CPU BLAS would sum differently; also the true count."""
-    rows = x.shape[0]
-    if rows < _SAFE and rows % ROW_STEP and x.device.type == "cpu":
-        x = F.pad(x, (*(0, 0) * (x.ndim - 1), 0, -rows % ROW_STEP))
-    return x, rows
+def product_in_steps(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """Multiply, `x Wᵀ`, `ROW_STEP` rows at a time on a CPU; M a multiple of that there."""
+    if x_MK.device.type != "cpu" or x_MK.shape[0] <= ROW_STEP:
+        return torch.mm(x_MK, weight_NK.t())
+    return torch.cat([torch.mm(x, weight_NK.t()) for x in x_MK.split(ROW_STEP)])
+
+
+def filled_up(x: Tensor) -> Tensor:
+    """Fill the first dim up to whole steps with zeros where products go by steps."""
+    if x.device.type != "cpu":
+        return x
+    return F.pad(x, (*(0, 0) * (x.ndim - 1), 0, -x.shape[0] % ROW_STEP))
 
 
 @Kernel
@@ -37,8 +43,8 @@ def linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
         `[M, N]` in that dtype. On CPU in fp32, with K a multiple of 16, row i is bit-equal for every
         M and every company.
     """
-    x_MK, rows = padded_rows(x_MK)
-    return torch.mm(x_MK, weight_NK.t())[:rows]
+    rows, x_MK = x_MK.shape[0], filled_up(x_MK)
+    return product_in_steps(x_MK, weight_NK)[:rows]
 
 
 @Kernel
@@ -62,9 +68,9 @@ def grouped_linear(x_MGK: Tensor, weight_GNK: Tensor) -> Tensor:
     Returns:
         `[M, G * N]`; rows as independent of M as those of `linear`.
     """
-    x_MGK, rows = padded_rows(x_MGK)
-    out = torch.bmm(x_MGK.transpose(0, 1), weight_GNK.transpose(1, 2))
-    return out.transpose(0, 1)[:rows].flatten(1)
+    rows, x_MGK = x_MGK.shape[0], filled_up(x_MGK)
+    groups = zip(x_MGK.unbind(1), weight_GNK, strict=True)
+    return torch.cat([product_in_steps(x, weight)[:rows] for x, weight in groups], dim=1)
 
 
 from whalepod.kernels import linear_triton  # noqa: E402, F401  (registers the twins)

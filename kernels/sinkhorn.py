@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from whalepod.kernels.linear import padded_rows
 from whalepod.kernels.registry import Kernel
 
 
-@cache
-def _sum_matrices(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Matrices that replace every element of a flat `C x C` matrix by its row's, its column's sum."""
-    eye, ones = torch.eye(size, device=device), torch.ones(size, size, device=device)
-    return torch.kron(eye, ones), torch.kron(ones, eye)
+def _sums(x: Tensor, dim: int) -> Tensor:
+    """Sum along a short dim, kept, one after the other: the same order for any number of matrices."""
+    parts: tuple[Tensor, ...] = x.split(1, dim)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 @Kernel
@@ -35,13 +34,9 @@ def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
 
     Source: DeepSeek-V4 inference/kernel.py, hc_split_sinkhorn.
     """
-    size = logits.shape[-1]
-    rows, columns = _sum_matrices(size, logits.device)
-    flat, count = padded_rows(torch.softmax(logits, dim=-1).view(-1, size * size))
-    mix, offset = flat + eps, flat.new_full((size * size,), eps)
-    # One product gives the sums, spread over the elements they divide, eps included.
-    mix.div_(torch.addmm(offset, mix, columns))
+    mix = torch.softmax(logits, dim=-1) + eps
+    mix.div_(_sums(mix, -2) + eps)
     for _ in range(iters - 1):
-        mix.div_(torch.addmm(offset, mix, rows))
-        mix.div_(torch.addmm(offset, mix, columns))
-    return mix[:count].view(logits.shape)
+        mix.div_(_sums(mix, -1) + eps)
+        mix.div_(_sums(mix, -2) + eps)
+    return mix

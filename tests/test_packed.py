@@ -85,6 +85,18 @@ def test_packed_weights_give_the_tokens_of_wide_ones(drafts: int) -> None:
     near(run(DEMO, True, engine=engine), run(DEMO, False, engine=engine))
 
 
+def apart(got: Output, want: Output) -> float:
+    """Mean difference of log-probabilities, as far as the tokens are the same."""
+    found: list[float] = []
+    for name, rows in want.items():
+        for (mine, p), (theirs, q) in zip(got[name], rows, strict=True):
+            if mine != theirs:
+                break
+            found.append(abs(p - q))
+    assert len(found) > 18, "most of the 36 tokens are the same"
+    return sum(found) / len(found)
+
+
 @pytest.fixture
 def references(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The torch reference of every kernel."""
@@ -98,10 +110,11 @@ def references(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("references")  # another order of sums would move numbers across a rounding
+@pytest.mark.usefixtures("references")
 def test_packed_weights_round_what_wide_ones_round() -> None:
-    want = run(DEMO, False, fidelity="released")
-    near(run(DEMO, True, fidelity="released"), want)
+    # Sums in another order move a few numbers across a rounding; roundings left out move all.
+    rounded, plain = (run(DEMO, False, fidelity=f) for f in ("released", "plain"))
+    assert apart(run(DEMO, True, fidelity="released"), rounded) < apart(plain, rounded) / 2
 
 
 def test_sizes_that_do_not_fit_tiles(tiny: Path) -> None:
