@@ -13,8 +13,8 @@ import ray
 from ray.actor import ActorHandle
 
 from whalepod.cluster.epoch import Epoch
-from whalepod.cluster.fabric import Rendezvous
 from whalepod.cluster.membership import Membership
+from whalepod.cluster.rendezvous import Rendezvous
 from whalepod.cluster.report import Order
 from whalepod.cluster.topology import MemberInfo
 from whalepod.config import Config

@@ -14,7 +14,8 @@ import torch
 from whalepod.actors.controller import get_controller
 from whalepod.cluster.doorbell import Doorbell, Ringer
 from whalepod.cluster.epoch import Epoch
-from whalepod.cluster.fabric import TorchFabric, connect
+from whalepod.cluster.fabric import Fabric
+from whalepod.cluster.rendezvous import connect
 from whalepod.cluster.report import Order
 from whalepod.cluster.topology import MemberInfo, Pool
 from whalepod.config import Config
@@ -68,7 +69,7 @@ class Shell:
         self._handle = ray.get_runtime_context().current_actor
         self._controller = get_controller(config, source.config)
         self._epoch: Epoch | None = None
-        self._fabric: TorchFabric | None = None
+        self._fabric: Fabric | None = None
         self._serving: threading.Thread | None = None
         self._stop = threading.Event()
         self._closed = False
@@ -179,7 +180,7 @@ class Shell:
         self._serving.start()
         ray.get(self._controller.entered.remote(self.name, epoch.id), timeout=30)
 
-    def _serve(self, epoch: Epoch, fabric: TorchFabric, stop: threading.Event) -> None:
+    def _serve(self, epoch: Epoch, fabric: Fabric, stop: threading.Event) -> None:
         torch.set_num_threads(1)
         try:
             with torch.inference_mode():

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from whalepod.cluster.exchange import Work, all_to_all_by_pairs
 from whalepod.errors import EpochLost
 
 
@@ -47,14 +48,31 @@ class _Receipt:
 class LocalFabric:
     """One thread's end. See `fabric.Fabric` for the contract."""
 
-    kind = "local"
-    exact_sizes = False
+    kind, together = "local", False
 
     def __init__(
         self, board: _Board, rank: int, names: Sequence[str], epoch: int, deadline_s: float
     ) -> None:
         self._board, self.rank, self.names = board, rank, tuple(names)
         self.size, self.epoch, self._deadline_s = len(names), epoch, deadline_s
+
+    @property
+    def control(self) -> LocalFabric:
+        """The same: its tensors are the host's."""
+        return self
+
+    def all_to_all(
+        self, lane: int, out: Tensor, data: Tensor, come: Sequence[int], go: Sequence[int]
+    ) -> Work:
+        """See `Fabric.all_to_all`."""
+        return all_to_all_by_pairs(self, lane, out, data, come, go)
+
+    def check(self) -> None:
+        """See `Fabric.check`."""
+        self._check(self.rank)
+
+    def watch(self, working: bool) -> None:
+        """Waits have a deadline of their own."""
 
     def send(self, data: Tensor, dst: int, tag: int) -> _Done:
         """Copy a message into the peer's box; refuses when either end is closed."""

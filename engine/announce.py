@@ -21,8 +21,8 @@ _WORDS = 6
 class Announcer:
     """Exchanges headers on one member, and counts steps."""
 
-    def __init__(self, fabric: Fabric, lanes: Lanes, device: torch.device | str = "cpu") -> None:
-        self._fabric, self._lanes, self._device = fabric, lanes, device
+    def __init__(self, fabric: Fabric, lanes: Lanes) -> None:
+        self._rows, self._fabric, self._lanes = fabric, fabric.control, lanes
         self._step = 0
         self._out = Outgoing()
         first = lanes.homes[0]
@@ -35,6 +35,7 @@ class Announcer:
             mine: says what this member brings; asked only of stage-0 attention members, and of
                 all but the lead only after the lead has spoken.
         """
+        self._rows.watch(working=False)
         self._step += 1
         lead_rank, found = self._lanes.lead, dict[int, Announcement]()
         if self._fabric.rank == lead_rank:
@@ -54,17 +55,18 @@ class Announcer:
             if replica not in found:
                 found[replica] = self._hear(rank)
         self._out.settle()
+        self._rows.watch(working=True)
         return found
 
     def _tell(self, said: Announcement) -> None:
         words = [self._lanes.epoch, self._step, int(said.stop), *said.rows]
-        message = torch.tensor(words, dtype=torch.int64).view(torch.uint8).to(self._device)
+        message = torch.tensor(words, dtype=torch.int64).view(torch.uint8)
         for rank in range(self._fabric.size):
             if rank != self._fabric.rank:
                 self._out.send(self._fabric, message, rank, TAG_HEADER, message.numel())
 
     def _hear(self, rank: int) -> Announcement:
-        buffer = torch.empty(8 * _WORDS, dtype=torch.uint8, device=self._device)
+        buffer = torch.empty(8 * _WORDS, dtype=torch.uint8)
         self._fabric.recv(buffer, rank, TAG_HEADER).wait()
         epoch, step, stop, a, b, c = buffer.view(torch.int64).tolist()
         if (epoch, step) != (self._lanes.epoch, self._step):

@@ -18,12 +18,11 @@ from whalepod.engine.legs import (
     TAG_HOME,
     TAG_SHARD,
     Form,
-    Incoming,
-    Outgoing,
     Place,
     to_home,
     to_shard,
 )
+from whalepod.engine.mail import Letter, Mail
 from whalepod.kernels.fp4 import Fp4Stack
 from whalepod.model.expert import Expert
 from whalepod.model.moe import run_experts
@@ -84,41 +83,37 @@ class ExpertShard:
 
     def serve_step(self, fabric: Fabric, lanes: Lanes, announced: dict[int, Announcement]) -> None:
         """Serve every pass of one step, as a member of its own."""
-        out = Outgoing()
+        mail = Mail(fabric, self.device)
         passes = list(lanes.passes(announced))
-        asked = self.ask(fabric, lanes, *passes[0]) if passes else []
+        asked = self.ask(mail, lanes, *passes[0]) if passes else []
         for i, (place, rows) in enumerate(passes):
             current = asked
             if i + 1 < len(passes):
-                asked = self.ask(fabric, lanes, *passes[i + 1])
-            self.serve_pass(fabric, lanes, place, rows, current, out)
-        out.settle()
+                asked = self.ask(mail, lanes, *passes[i + 1])
+            self.serve_pass(mail, lanes, place, rows, current)
+            mail.post(TAG_HOME, place)
+        mail.settle()
 
-    def ask(self, fabric: Fabric, lanes: Lanes, place: Place, rows: list[int]) -> list[Incoming]:
+    def ask(self, mail: Mail, lanes: Lanes, place: Place, rows: list[int]) -> list[Letter]:
         """Ask every dispatcher that has rows in this pass for its message."""
         return [
-            Incoming(fabric, rank, TAG_SHARD, self._in.bytes_of(count), self.device)
+            mail.ask(TAG_SHARD, place, rank, self._in.bytes_of(count))
             for rank, count in lanes.load_of(place.layer, rows).items()
         ]
 
     def serve_pass(
-        self,
-        fabric: Fabric,
-        lanes: Lanes,
-        place: Place,
-        rows: list[int],
-        asked: list[Incoming],
-        out: Outgoing,
+        self, mail: Mail, lanes: Lanes, place: Place, rows: list[int], asked: list[Letter]
     ) -> None:
-        """Run the rows of one (layer, micro-batch) and send the results home; legs 2 to 3."""
-        parcels = [self._in.unpack(place, incoming.take()) for incoming in asked]
+        """Run the rows of one (layer, micro-batch) and hand the results in; legs 2 to 3."""
+        parcels = [self._in.unpack(place, letter.take()) for letter in asked]
+        mail.check()
         if not parcels:
             return
         ints_MC = torch.cat([ints for ints, _ in parcels])
         x_MD = torch.cat([x for _, x in parcels])
         homes = lanes.homes[lanes.stage_of(place.layer)]
         counts = {home: count for home, count in zip(homes, rows, strict=True) if count}
-        self._reply(fabric, place, *self._run(place.layer, ints_MC, x_MD), counts, out)
+        self._reply(mail, place, *self._run(place.layer, ints_MC, x_MD), counts)
 
     def _run(self, layer: int, ints_MC: Tensor, x_MD: Tensor) -> tuple[Tensor, Tensor]:
         """Run every (row, expert) pair: labels (home, row, choice) `[N, 3]` and outputs `[N, D]`."""
@@ -134,17 +129,16 @@ class ExpertShard:
 
     def _reply(
         self,
-        fabric: Fabric,
+        mail: Mail,
         place: Place,
         labels_N3: Tensor,
         out_ND: Tensor,
         counts: dict[int, int],
-        out: Outgoing,
     ) -> None:
         for home, count in counts.items():
             mine = slice(None) if len(counts) == 1 else (labels_N3[:, 0] == home)
             message = self._out.pack(place, labels_N3[mine, 1:], out_ND[mine])
-            out.send(fabric, message, home, TAG_HOME, home_room(self._out, count, self.config))
+            mail.send(TAG_HOME, place, message, home, home_room(self._out, count, self.config))
 
 
 def fill(held: Held, wanted: Seq[int], load: Callable[[int], Loaded]) -> None:

@@ -17,12 +17,12 @@ from whalepod.engine.lanes import Announcement, Lanes
 from whalepod.engine.legs import (
     TAG_HOME,
     TAG_ROUTER,
-    Incoming,
-    Outgoing,
+    TAG_SHARD,
     Place,
     to_home,
     to_router,
 )
+from whalepod.engine.mail import Letter, Mail
 from whalepod.engine.router import Router
 from whalepod.errors import EpochLost
 from whalepod.kernels.combine import combine
@@ -94,48 +94,45 @@ class RemoteExperts:
         self._config, self._fabric, self._lanes = config, fabric, lanes
         self._announced, self._replica = announced, replica
         self._router, self._shard, self._device = router, shard, torch.device(device)
-        self._out = Outgoing()
+        self._mail = Mail(fabric, self._device)
         self._leg1, self._leg3 = (
             to_router(config.hidden_size, dtype),
             to_home(config.hidden_size, dtype),
         )
-        self._waiting: dict[tuple[int, int], tuple[int, list[Incoming]]] = {}
-        self._serving: dict[tuple[int, int], list[Incoming]] = {}
+        self._waiting: dict[tuple[int, int], tuple[int, list[Letter]]] = {}
+        self._serving: dict[tuple[int, int], list[Letter]] = {}
 
     def send(self, layer: int, micro_batch: int, x_TD: Tensor, ids_T: Tensor) -> None:
         """Leg 1 (or 2, when this member routes), and ask for leg 3."""
         place = Place(self._lanes.epoch, layer, micro_batch)
-        count, key = x_TD.shape[0], (layer, micro_batch)
+        count, key, mail = x_TD.shape[0], (layer, micro_batch), self._mail
         if self._shard is not None:
             rows = self._rows(micro_batch)
-            self._serving[key] = self._shard.ask(self._fabric, self._lanes, place, rows)
-        if not count:
-            self._waiting[key] = (0, [])
-            return
+            self._serving[key] = self._shard.ask(mail, self._lanes, place, rows)
         room = home_room(self._leg3, count, self._config)
-        asked = [
-            Incoming(self._fabric, rank, TAG_HOME, room, self._device)
-            for rank in self._lanes.shards
-        ]
+        asked = [mail.ask(TAG_HOME, place, rank, room) for rank in self._lanes.shards if count]
         self._waiting[key] = (count, asked)
-        if self._router is not None:
+        if count and self._router is not None:
             homes = [(self._fabric.rank, count)]
-            self._router.dispatch(self._fabric, self._lanes, place, self._out, x_TD, ids_T, homes)
-        else:
+            self._router.dispatch(mail, self._lanes, place, x_TD, ids_T, homes)
+        elif count:
             message = self._leg1.pack(place, ids_T.unsqueeze(1), x_TD)
             to = self._lanes.dispatcher(layer, self._replica)
-            self._out.send(self._fabric, message, to, TAG_ROUTER, message.numel())
+            mail.send(TAG_ROUTER, place, message, to, message.numel())
+            mail.post(TAG_ROUTER, place)
+        mail.post(TAG_SHARD, place)
 
     def receive(self, layer: int, micro_batch: int) -> Tensor:
         """Leg 3: one row per (token, expert) from the shards, summed in the router's order."""
         place, key = Place(self._lanes.epoch, layer, micro_batch), (layer, micro_batch)
         if self._shard is not None:
             asked = self._serving.pop(key)
-            rows = self._rows(micro_batch)
-            self._shard.serve_pass(self._fabric, self._lanes, place, rows, asked, self._out)
+            self._shard.serve_pass(self._mail, self._lanes, place, self._rows(micro_batch), asked)
+        self._mail.post(TAG_HOME, place)
         count, incoming = self._waiting.pop(key)
         width, k = self._config.hidden_size, self._config.num_experts_per_tok
-        parcels = [self._leg3.unpack(place, message.take()) for message in incoming]
+        parcels = [self._leg3.unpack(place, letter.take()) for letter in incoming]
+        self._mail.check()
         if not parcels:
             return torch.zeros(0, width, device=self._device)
         ints = torch.cat([i for i, _ in parcels]).long()
@@ -150,7 +147,7 @@ class RemoteExperts:
 
     def settle(self) -> None:
         """Wait until everything sent has left; the end of a step."""
-        self._out.settle()
+        self._mail.settle()
 
     def _rows(self, micro_batch: int) -> list[int]:
         return [self._announced[r].rows[micro_batch] for r in self._lanes.replicas]

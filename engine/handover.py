@@ -21,8 +21,8 @@ from whalepod.engine.step import Step
 def pass_on(fabric: Fabric, out: Outgoing, step: Step, x: Seq[Tensor], to: int) -> None:
     """Send a step and its streams to the next stage."""
     data = bytearray(step.to_bytes())
-    head = torch.frombuffer(data, dtype=torch.uint8).to(x[0].device)
-    out.send(fabric, head, to, TAG_STAGE, SIZED_BYTES + 1)
+    head = torch.frombuffer(data, dtype=torch.uint8)
+    out.send(fabric.control, head, to, TAG_STAGE, SIZED_BYTES + 1)
     for x_TCD in x[: len(step.micro_batches)]:
         message = x_TCD.contiguous().view(torch.uint8).flatten()
         out.send(fabric, message, to, TAG_STAGE, message.numel())
@@ -30,8 +30,9 @@ def pass_on(fabric: Fabric, out: Outgoing, step: Step, x: Seq[Tensor], to: int) 
 
 def take_over(fabric: Fabric, src: int, stage: AttentionStage) -> tuple[Step, list[Tensor]]:
     """Receive what `pass_on` sent."""
-    head = Incoming(fabric, src, TAG_STAGE, SIZED_BYTES + 1, stage.device).take()
-    step = Step.from_bytes(bytes(head.cpu().numpy()))
+    host = torch.device("cpu")
+    head = Incoming(fabric.control, src, TAG_STAGE, SIZED_BYTES + 1, host).take()
+    step = Step.from_bytes(bytes(head.numpy()))
     shape = (stage.config.hc_mult, stage.config.hidden_size)
     x = []
     for micro_batch in step.micro_batches:
@@ -71,7 +72,7 @@ def unpack_outcome(message: Tensor, step: Step) -> tuple[list[Drawn], list[Promp
         token, logprob = next(pairs)
         others = (next(pairs) for _ in range(settings.alternatives))
         drawn.append(Drawn(int(token), logprob, tuple((int(i), p) for i, p in others)))
-    data, told = message[at:].cpu().numpy().tobytes(), []
+    data, told = message[at:].numpy().tobytes(), []
     for _, tokens, count in (t for m in step.micro_batches for t in m.tells()):
         size = PromptLogprobs.bytes_of(len(tokens), count)
         told.append(PromptLogprobs.from_bytes(data[:size], count))

@@ -18,6 +18,8 @@ from whalepod.errors import EpochLost
 
 HEADER_BYTES = 16
 TAG_HEADER, TAG_ROUTER, TAG_SHARD, TAG_HOME, TAG_STAGE, TAG_TOKENS = range(1, 7)
+# Where messages of a leg travel in one call, each leg has a lane.
+LANE_OF = {TAG_ROUTER: 1, TAG_SHARD: 2, TAG_HOME: 3}
 # A message that may be larger than this is preceded by its size, so that the receiver need not
 # set the largest possible room aside; smaller ones come alone, for latency.
 SIZED_BYTES = 4 << 20
@@ -84,8 +86,6 @@ class Outgoing:
         if room > SIZED_BYTES:
             head = torch.tensor([size], dtype=torch.int64).view(torch.uint8).to(message.device)
             self._works.append(fabric.send(head, dst, tag))
-        elif fabric.exact_sizes and size < room:
-            message = torch.cat([message, message.new_zeros(room - size)])
         self._works.append(fabric.send(message, dst, tag))
 
     def settle(self) -> None:

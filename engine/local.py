@@ -13,7 +13,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from whalepod.cluster.epoch import Epoch
-from whalepod.cluster.fabric import LocalFabric, local_fabrics
+from whalepod.cluster.local_fabric import LocalFabric, local_fabrics
 from whalepod.cluster.placement import Placement
 from whalepod.cluster.topology import seats_for
 from whalepod.config import Config

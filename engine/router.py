@@ -18,12 +18,11 @@ from whalepod.engine.legs import (
     TAG_ROUTER,
     TAG_SHARD,
     Form,
-    Incoming,
-    Outgoing,
     Place,
     to_router,
     to_shard,
 )
+from whalepod.engine.mail import Letter, Mail
 from whalepod.model.gate import Gate, Routes
 from whalepod.model.shape import ModelConfig
 
@@ -63,7 +62,7 @@ class Router:
 
     def serve_step(self, fabric: Fabric, lanes: Lanes, announced: dict[int, Announcement]) -> None:
         """Route every pass of one step, as a member of its own."""
-        out, form = Outgoing(), to_router(self.config.hidden_size, self.dtype)
+        mail, form = Mail(fabric, self.device), to_router(self.config.hidden_size, self.dtype)
         asked = None
         mine = [
             (place, rows)
@@ -71,21 +70,25 @@ class Router:
             if fabric.rank in lanes.load_of(place.layer, rows)
         ]
         for i, (place, rows) in enumerate(mine):
-            current = asked or self._ask(fabric, lanes, place, rows, form)
-            asked = self._ask(fabric, lanes, *mine[i + 1], form) if i + 1 < len(mine) else None
+            current = asked or self._ask(mail, fabric.rank, lanes, place, rows, form)
+            asked = (
+                self._ask(mail, fabric.rank, lanes, *mine[i + 1], form)
+                if i + 1 < len(mine)
+                else None
+            )
             parcels = [(home, *form.unpack(place, inc.take())) for home, inc in current]
             x_TD = torch.cat([rows for _, _, rows in parcels])
             ids_T = torch.cat([ints[:, 0] for _, ints, _ in parcels]).long()
             homes = [(home, len(ints)) for home, ints, _ in parcels]
-            self.dispatch(fabric, lanes, place, out, x_TD, ids_T, homes)
-        out.settle()
+            self.dispatch(mail, lanes, place, x_TD, ids_T, homes)
+            mail.post(TAG_SHARD, place)
+        mail.settle()
 
     def dispatch(
         self,
-        fabric: Fabric,
+        mail: Mail,
         lanes: Lanes,
         place: Place,
-        out: Outgoing,
         x_TD: Tensor,
         ids_T: Tensor,
         homes: list[tuple[int, int]],
@@ -113,16 +116,16 @@ class Router:
             ids = torch.where(here_TK[rows], experts_TK[rows], -1)
             ints = torch.cat([labels[rows], ids, bits_TK[rows]], dim=1)
             message = form.pack(place, ints, x_TD[rows])
-            out.send(fabric, message, rank, TAG_SHARD, form.bytes_of(x_TD.shape[0]))
+            mail.send(TAG_SHARD, place, message, rank, form.bytes_of(x_TD.shape[0]))
 
     def _ask(
-        self, fabric: Fabric, lanes: Lanes, place: Place, rows: list[int], form: Form
-    ) -> list[tuple[int, Incoming]]:
+        self, mail: Mail, rank: int, lanes: Lanes, place: Place, rows: list[int], form: Form
+    ) -> list[tuple[int, Letter]]:
         stage = lanes.stage_of(place.layer)
         return [
-            (home, Incoming(fabric, home, TAG_ROUTER, form.bytes_of(rows[r]), self.device))
+            (home, mail.ask(TAG_ROUTER, place, home, form.bytes_of(rows[r])))
             for r, home in enumerate(lanes.homes[stage])
-            if rows[r] and lanes.dispatcher(place.layer, r) == fabric.rank
+            if rows[r] and lanes.dispatcher(place.layer, r) == rank
         ]
 
     def _choose_shards(self, layer: int, routes: Routes) -> Tensor:

@@ -162,7 +162,7 @@ class FirstStage:
 
     def serve(self, seat: Seat, stop: threading.Event) -> None:
         """Run steps; returns when the lead has announced the stop. Raises EpochLost."""
-        announcer = Announcer(seat.fabric, seat.lanes, self.stage.device)
+        announcer = Announcer(seat.fabric, seat.lanes)
         leads = seat.fabric.rank == seat.lanes.lead
         others_busy, plan = False, None
 
@@ -206,6 +206,7 @@ class FirstStage:
                 if last == 0
                 else self._draw_remotely(seat, step, x, seat.rank_of_stage(last))
             )
+            seat.fabric.check()
             drafts = settle(self.stage, plan, batches, x, drawn)
             self.loop.finish(plan, drawn, drafts, told)
         experts.settle()
@@ -217,7 +218,8 @@ class FirstStage:
         pass_on(seat.fabric, out, step, x, seat.rank_of_stage(1))
         # An answer is due even when nothing is drawn: it says that the later stages are done.
         size = outcome_bytes(step)
-        answer = Incoming(seat.fabric, last, TAG_TOKENS, size, self.stage.device).take()
+        host = torch.device("cpu")
+        answer = Incoming(seat.fabric.control, last, TAG_TOKENS, size, host).take()
         out.settle()
         return unpack_outcome(answer, step)
 
@@ -235,7 +237,7 @@ class LaterStage:
 
     def serve(self, seat: Seat) -> None:
         """Run steps until the lead has announced the stop. Raises EpochLost."""
-        announcer = Announcer(seat.fabric, seat.lanes, self.stage.device)
+        announcer = Announcer(seat.fabric, seat.lanes)
         while (announced := announcer.exchange(None)) is not None:
             if any(announced[seat.replica].rows):
                 self._step(seat, announced)
@@ -257,8 +259,9 @@ class LaterStage:
         if stage.head is None:
             pass_on(fabric, out, step, x, seat.rank_of_stage(seat.stage_index + 1))
         else:
-            message = pack_outcome(*outcome(stage, x, step.micro_batches)).to(stage.device)
-            out.send(fabric, message, seat.rank_of_stage(0), TAG_TOKENS, message.numel())
+            message = pack_outcome(*outcome(stage, x, step.micro_batches))
+            fabric.check()
+            out.send(fabric.control, message, seat.rank_of_stage(0), TAG_TOKENS, message.numel())
         experts.settle()
         out.settle()
 
@@ -278,13 +281,13 @@ def _announce(plan: Plan | None) -> Announcement:
 
 def serve_router(router: Router, fabric: Fabric, lanes: Lanes) -> None:
     """Route until the lead has announced the stop. Raises EpochLost."""
-    announcer = Announcer(fabric, lanes, router.device)
+    announcer = Announcer(fabric, lanes)
     while (announced := announcer.exchange(None)) is not None:
         router.serve_step(fabric, lanes, announced)
 
 
 def serve_shard(shard: ExpertShard, fabric: Fabric, lanes: Lanes) -> None:
     """Serve rows until the lead has announced the stop. Raises EpochLost."""
-    announcer = Announcer(fabric, lanes, shard.device)
+    announcer = Announcer(fabric, lanes)
     while (announced := announcer.exchange(None)) is not None:
         shard.serve_step(fabric, lanes, announced)

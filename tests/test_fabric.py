@@ -16,14 +16,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whalepod.cluster.fabric import Rendezvous, connect, exchange
+from whalepod.cluster.fabric import exchange
 from whalepod.cluster.local_fabric import LocalFabric, local_fabrics
+from whalepod.cluster.rendezvous import Rendezvous, connect
 from whalepod.errors import ConfigError, EpochLost
 
 SCRIPT = """
 import os, sys, time
 import torch
-from whalepod.cluster.fabric import connect, exchange
+from whalepod.cluster.fabric import exchange
+from whalepod.cluster.rendezvous import connect
 from whalepod.errors import EpochLost
 rank, size, port, epoch, deadline = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), 1, float(sys.argv[4])
 names = [f"m{i}" for i in range(size)]

@@ -11,7 +11,8 @@ import torch
 from demo.documents.recall import stories
 from test_layouts import LAYOUTS, requests
 
-from whalepod.cluster.fabric import Rendezvous, connect, exchange
+from whalepod.cluster.fabric import exchange
+from whalepod.cluster.rendezvous import Rendezvous, connect
 from whalepod.config import Config
 from whalepod.engine.local import open_engine
 from whalepod.engine.request import Request, Sampling
@@ -106,7 +107,7 @@ def test_nccl_groups_are_made_and_aborted_epoch_by_epoch() -> None:
             host="127.0.0.1",
             deadline_s=5,
         )
-        assert fabric.exact_sizes
+        assert fabric.together
         out, counts = exchange(fabric, rows, [5], None)
         assert torch.equal(out, rows)
         assert counts == [5]

@@ -27,7 +27,7 @@ HOME = {  # third-party package -> where it may be imported
     "numba": ("kernels/",),
     "llguidance": ("engine/grammar.py", "engine/grammar_rules.py"),
     "llvmlite": ("kernels/",),
-    "torch.distributed": ("cluster/fabric.py",),
+    "torch.distributed": ("cluster/rendezvous.py", "cluster/nccl.py"),
     "fastapi": ("ingress/http.py", "ingress/serve.py"),
     "grpc": ("ingress/grpc.py", "protos/"),
     "safetensors": ("model/tiny.py",),

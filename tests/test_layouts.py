@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from strict_fabric import StrictFabric
 
+from whalepod.cluster.local_fabric import local_fabrics
 from whalepod.config import Config
 from whalepod.engine.local import ThreadedEngine, open_engine
 from whalepod.engine.request import Request, Sampling
@@ -85,6 +87,27 @@ def test_eight_at_once_equal_one_by_one(tiny: Path, alone: Output) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_single_bit_for_bit(name: str, tiny: Path, alone: Output) -> None:
     assert run(tiny, LAYOUTS[name], requests(1024, 8, 12)) == alone
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> list[StrictFabric]:
+    """Fabrics with the manners of NCCL for every layout of the test."""
+    made: list[StrictFabric] = []
+
+    def fabrics(names: list[str], **settings: Any) -> list[StrictFabric]:
+        made.extend(StrictFabric(one) for one in local_fabrics(names, **settings))
+        return made
+
+    monkeypatch.setattr("whalepod.engine.local.local_fabrics", fabrics)
+    return made
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_legs_that_travel_in_one_call_change_no_bit(
+    name: str, tiny: Path, alone: Output, strict: list[StrictFabric]
+) -> None:
+    assert run(tiny, LAYOUTS[name], requests(1024, 8, 12)) == alone
+    assert all(fabric.calls for fabric in strict)
 
 
 @pytest.mark.parametrize("name", ["ep 2", "afd 1+1+3", "2 stages"])

@@ -108,7 +108,6 @@ class FakeWork:
 class FakeFabric:
     """Remembers what is sent; a receive gets the next of `arriving`, whose size must be exact."""
 
-    exact_sizes: bool = True
     rank: int = 0
     size: int = 2
     epoch: int = 3
@@ -136,25 +135,16 @@ def payload(size: int) -> Tensor:
     return (torch.arange(size) % 251).to(torch.uint8)
 
 
-def test_exact_sizes_are_met_by_padding() -> None:
-    fabric = FakeFabric()
-    Outgoing().send(fabric, payload(40), 1, 5, 100)
+def test_a_message_goes_as_it_is() -> None:
+    fabric, message = FakeFabric(), payload(40)
+    Outgoing().send(fabric, message, 1, 5, 100)
     ((dst, tag, data),) = fabric.sent
     assert (dst, tag) == (1, 5)
-    assert data[:40].equal(payload(40))
-    assert data[40:].tolist() == [0] * 60
+    assert data is message
 
 
-def test_a_full_message_and_a_tolerant_fabric_need_no_padding() -> None:
-    for fabric, size in ((FakeFabric(), 100), (FakeFabric(exact_sizes=False), 40)):
-        message = payload(size)
-        Outgoing().send(fabric, message, 1, 5, 100)
-        assert [data is message for _, _, data in fabric.sent] == [True]
-
-
-@pytest.mark.parametrize("exact", [True, False])
-def test_a_message_that_may_be_large_is_preceded_by_its_size(exact: bool) -> None:
-    fabric = FakeFabric(exact_sizes=exact)
+def test_a_message_that_may_be_large_is_preceded_by_its_size() -> None:
+    fabric = FakeFabric()
     Outgoing().send(fabric, payload(40), 1, 5, SIZED_BYTES + 1)
     head, message = (data for _, _, data in fabric.sent)
     assert head.view(torch.int64).tolist() == [40]
@@ -164,20 +154,9 @@ def test_a_message_that_may_be_large_is_preceded_by_its_size(exact: bool) -> Non
 
 
 def test_the_threshold_itself_goes_without_a_size() -> None:
-    fabric = FakeFabric(exact_sizes=False)
+    fabric = FakeFabric()
     Outgoing().send(fabric, payload(40), 1, 5, SIZED_BYTES)
     assert [data.numel() for _, _, data in fabric.sent] == [40]
-
-
-def test_padding_is_no_part_of_what_is_unpacked() -> None:
-    form, fabric = to_shard(4, torch.bfloat16, 2), FakeFabric()
-    ints, x = random_message(form, 3)
-    Outgoing().send(fabric, form.pack(PLACE, ints, x), 1, 5, form.bytes_of(8))
-    fabric.arriving = [data for _, _, data in fabric.sent]
-    taken = Incoming(fabric, 1, 5, form.bytes_of(8), CPU).take()
-    got_ints, got_x = form.unpack(PLACE, taken)
-    assert torch.equal(got_ints, ints)
-    assert bits(got_x) == bits(x)
 
 
 def test_settle_waits_once_for_each() -> None:

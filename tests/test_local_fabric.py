@@ -37,7 +37,7 @@ def on_threads(fabrics: list[LocalFabric], work: Callable[[LocalFabric], T]) -> 
 def test_fabrics_know_their_place() -> None:
     a, b = local_fabrics(["a", "b"], epoch=7)
     assert (a.rank, b.rank, a.size, a.names, b.epoch) == (0, 1, 2, ("a", "b"), 7)
-    assert (a.kind, a.exact_sizes) == ("local", False)
+    assert (a.kind, a.together) == ("local", False)
 
 
 @given(
