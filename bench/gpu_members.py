@@ -36,6 +36,7 @@ class Answers:
     """Experts of other members, in no time: for each pass the rows that were there before."""
 
     places: tuple[int, ...] = ()
+    key: tuple[int, ...] = ()
 
     def __init__(self, width: int, most: int, device: str) -> None:
         self._rows = torch.randn(most, width, device=device)

@@ -130,7 +130,7 @@ def decode_line(found: Slice, batch: int, context: int, copy: float, capture: bo
     """Time graphs alone, and whole steps with sampling and the tokens on the host."""
     graphs = DecodeGraphs(found.stage, capture=capture)
     steps = [found.step(batch, context, seed) for seed in range(4)]
-    graphs.run(steps[-1], found.experts)
+    graphs.run([steps[-1]], found.experts)
     floor = found.floor_bytes(batch, context) / copy
     whole: list[float] = []
     device: list[float] = []
@@ -140,12 +140,12 @@ def decode_line(found: Slice, batch: int, context: int, copy: float, capture: bo
         if capture:
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before.record()
-        made = graphs.run(micro_batch, found.experts)
+        made = graphs.run([micro_batch], found.experts)
         if capture:
             after.record()
         assert made is not None
         settings, positions = zip(*micro_batch.draws(), strict=True)
-        sample(made[2], settings, positions)
+        sample(made[0][2], settings, positions)
         whole.append(time.perf_counter() - start)
         if capture:
             device.append(before.elapsed_time(after) / 1e3)

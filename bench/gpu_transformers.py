@@ -94,10 +94,10 @@ def time_ours(found: Slice, batch: int, context: int) -> float:
     micro_batch = found.step(batch, context, 0)
 
     def step() -> None:
-        made = graphs.run(micro_batch, found.experts)
+        made = graphs.run([micro_batch], found.experts)
         assert made is not None
         settings, positions = zip(*micro_batch.draws(), strict=True)
-        sample(made[2], settings, positions)
+        sample(made[0][2], settings, positions)
 
     return repeated(step)
 

@@ -23,7 +23,7 @@ class Announcer:
 
     def __init__(self, fabric: Fabric, lanes: Lanes) -> None:
         self._rows, self._fabric, self._lanes = fabric, fabric.control, lanes
-        self._step = 0
+        self.step = 0
         self._out = Outgoing()
         first = lanes.homes[0]
         self._replica = first.index(fabric.rank) if fabric.rank in first else None
@@ -36,7 +36,7 @@ class Announcer:
                 all but the lead only after the lead has spoken.
         """
         self._rows.watch(working=False)
-        self._step += 1
+        self.step += 1
         lead_rank, found = self._lanes.lead, dict[int, Announcement]()
         if self._fabric.rank == lead_rank:
             assert mine is not None
@@ -59,7 +59,7 @@ class Announcer:
         return found
 
     def _tell(self, said: Announcement) -> None:
-        words = [self._lanes.epoch, self._step, int(said.stop), *said.rows]
+        words = [self._lanes.epoch, self.step, said.stop + 2 * said.even, *said.rows]
         message = torch.tensor(words, dtype=torch.int64).view(torch.uint8)
         for rank in range(self._fabric.size):
             if rank != self._fabric.rank:
@@ -68,11 +68,11 @@ class Announcer:
     def _hear(self, rank: int) -> Announcement:
         buffer = torch.empty(8 * _WORDS, dtype=torch.uint8)
         self._fabric.recv(buffer, rank, TAG_HEADER).wait()
-        epoch, step, stop, a, b, c = buffer.view(torch.int64).tolist()
-        if (epoch, step) != (self._lanes.epoch, self._step):
+        epoch, step, flags, a, b, c = buffer.view(torch.int64).tolist()
+        if (epoch, step) != (self._lanes.epoch, self.step):
             raise EpochLost(
                 self._lanes.epoch,
                 [self._fabric.names[rank]],
-                f"its header is of epoch {epoch} step {step}, not step {self._step}",
+                f"its header is of epoch {epoch} step {step}, not step {self.step}",
             )
-        return Announcement((a, b, c), bool(stop))
+        return Announcement((a, b, c), bool(flags & 1), bool(flags & 2))

@@ -57,6 +57,11 @@ class LocalExperts:
         stacks = (t for t in self._experts.values() if isinstance(t, ExpertStack))
         return tuple(n for stack in stacks for n in (id(stack), stack.moves))
 
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Nothing besides."""
+        return ()
+
     def send(self, layer: int, micro_batch: int, x_TD: Tensor, ids_T: Tensor) -> None:
         """Compute at once."""
         routes = self._gates[layer].route(x_TD, ids_T)

@@ -6,20 +6,21 @@ larger one. Rows to spare repeat the first row: they compute what it computes, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from whalepod.engine.experts import LocalExperts
 from whalepod.engine.step import MicroBatch
 from whalepod.model.batch import Batch
 
 if TYPE_CHECKING:
     from whalepod.engine.attention import AttentionStage
 
+T = TypeVar("T")
 _ROWS = (*range(1, 9), *range(12, 33, 4), 48, 64, 96, 128, 192, 256)
 _LEAST_WIDTH = 8
 
@@ -34,30 +35,73 @@ def width_of(blocks: int) -> int:
     return max(_LEAST_WIDTH, 1 << (blocks - 1).bit_length())
 
 
-@dataclass(frozen=True, slots=True)
-class Captured:
-    """A graph, what it reads and what it writes."""
+class Reached(Protocol):
+    """Experts as graphs see them: `key` is what else a graph depends on, besides its own rows."""
 
-    graph: torch.cuda.CUDAGraph | None
-    numbers_3T: Tensor
-    table_TB: Tensor
-    batch: Batch
-    x_TCD: Tensor
-    logits_TV: Tensor
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Changes when what was captured reads memory that is no longer theirs."""
+        ...
+
+    @property
+    def key(self) -> Hashable:
+        """Sizes of the step that are not this member's own."""
+        ...
+
+
+class Captures(Generic[T]):
+    """Work of the device, captured the second time that it is done, and replayed from then on.
+
+    The first time it runs as it is: kernels are compiled, and members meet whom they exchange with, once a
+    step like any other.
+
+    Args:
+        capture: False runs everything as it is, as a machine without CUDA does.
+    """
+
+    def __init__(self, capture: bool) -> None:
+        self.capture = capture
+        self._known: dict[Hashable, tuple[torch.cuda.CUDAGraph, T] | None] = {}
+        self._places: tuple[int, ...] = ()
+        self._pool = torch.cuda.graph_pool_handle() if capture else None
+
+    def run(self, key: Hashable, places: tuple[int, ...], work: Callable[[], T]) -> T:
+        """Do `work`, which reads and writes the same memory whenever `key` and `places` are the same."""
+        if not self.capture:
+            return work()
+        if self._places != places:
+            self._known, self._places = {}, places
+        if key not in self._known:
+            self._known[key] = None
+            return work()
+        found = self._known[key]
+        if found is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                made = work()
+            found = self._known[key] = graph, made
+        found[0].replay()
+        return found[1]
+
+    def forget(self) -> None:
+        """Give the graphs back, and with them what they hold of others."""
+        self._known = {}
+
+
+Made = tuple[Batch, Tensor, Tensor]
 
 
 class DecodeGraphs:
-    """The graphs of a stage that has every layer; experts are in the same process.
+    """The graphs of a stage that has every layer.
 
     Args:
         capture: False runs the same passes without graphs, as a machine without CUDA does.
     """
 
     def __init__(self, stage: AttentionStage, *, capture: bool = True) -> None:
-        self.stage, self.capture = stage, capture
-        self._captured: dict[tuple[int, int], Captured] = {}
-        self._places: tuple[int, ...] = ()
-        self._pool = torch.cuda.graph_pool_handle() if capture else None
+        self.stage = stage
+        self.captures = Captures[list[Made | None]](capture)
+        self._inputs: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
     @staticmethod
     def able(stage: AttentionStage) -> bool:
@@ -65,59 +109,68 @@ class DecodeGraphs:
         whole = len(stage.layers) == stage.config.num_hidden_layers
         return whole and stage.device.type == "cuda" and stage.dtype == torch.bfloat16
 
+    @staticmethod
+    def takes(micro_batch: MicroBatch) -> bool:
+        """Whether every sequence of a pass draws after one token, and there are not too many."""
+        parts = micro_batch.parts
+        return rows_of(len(parts)) is not None and all(len(p.ids) == 1 and p.draw for p in parts)
+
     def run(
-        self, micro_batch: MicroBatch, experts: LocalExperts
-    ) -> tuple[Batch, Tensor, Tensor] | None:
-        """Run a pass in which every sequence draws after one token.
+        self, micro_batches: Seq[MicroBatch | None], experts: Reached
+    ) -> list[tuple[Batch, Tensor, Tensor]] | None:
+        """Run passes in which every sequence draws after one token.
+
+        Args:
+            micro_batches: those of this member; None where only others have rows.
 
         Returns:
-            a pass with nothing to commit, streams `[T, C, D]` and logits `[T, V]`, both valid until
-            the next call; None for other passes.
+            for each of its own, a pass with nothing to commit, streams `[T, C, D]` and logits `[T, V]`,
+            valid until the next call; None where some pass is of another kind.
         """
-        parts = micro_batch.parts
-        rows = rows_of(len(parts))
-        if rows is None or not all(len(p.ids) == 1 and p.draw for p in parts):
+        if not all(m is None or self.takes(m) for m in micro_batches):
             return None
-        if self._places != experts.places:
-            # The stacks have moved: what was captured reads memory that is no longer theirs.
-            self._captured, self._places = {}, experts.places
-        width = width_of(max(len(p.blocks) for p in parts))
-        found = self._captured.get((rows, width))
-        numbers, table = _inputs(micro_batch, rows, width)
-        if found is None:
-            found = self._captured[rows, width] = self._record(numbers, table, experts)
-        found.numbers_3T.copy_(numbers)
-        found.table_TB.copy_(table)
-        if found.graph is None:
-            found = self._record(numbers, table, experts)
-        else:
-            found.graph.replay()
-        return found.batch, found.x_TCD[: len(parts)], found.logits_TV[: len(parts)]
+        shapes = [(0, 0) if m is None else _shape(m) for m in micro_batches]
+        given = [self._put(i, m) if m else None for i, m in enumerate(micro_batches)]
+        key = (*shapes, experts.key)
+        made = self.captures.run(key, experts.places, lambda: self._pass(given, experts))
+        return [
+            (found[0], found[1][: len(m.parts)], found[2][: len(m.parts)])
+            for found, m in zip(made, micro_batches, strict=True)
+            if found is not None and m is not None
+        ]
 
-    def _record(self, numbers: Tensor, table: Tensor, experts: LocalExperts) -> Captured:
-        device = self.stage.device
-        numbers_3T, table_TB = numbers.to(device), table.to(device)
-        if not self.capture:
-            return Captured(None, numbers_3T, table_TB, *self._pass(numbers_3T, table_TB, experts))
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):  # compiles kernels; doing a pass twice changes nothing
-            self._pass(numbers_3T, table_TB, experts)
-        torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            made = self._pass(numbers_3T, table_TB, experts)
-        return Captured(graph, numbers_3T, table_TB, *made)
+    def _put(self, number: int, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Ids, positions and slots `[3, rows]`, and tables `[rows, width]`, where graphs read them."""
+        rows, width = _shape(micro_batch)
+        made = _inputs(micro_batch, rows, width)
+        found = self._inputs.get((number, rows, width))
+        if found is None:
+            device = self.stage.device
+            found = self._inputs[number, rows, width] = made[0].to(device), made[1].to(device)
+        for there, here in zip(found, made, strict=True):
+            there.copy_(here)
+        return found
 
     def _pass(
-        self, numbers_3T: Tensor, table_TB: Tensor, experts: LocalExperts
-    ) -> tuple[Batch, Tensor, Tensor]:
+        self, given: Seq[tuple[Tensor, Tensor] | None], experts: Reached
+    ) -> list[Made | None]:
         stage = self.stage
-        ids_T, positions_T, slots_T = numbers_3T
-        batch = Batch.decode(ids_T, positions_T, slots_T, table_TB, stage.cache.block_tokens)
-        x_TCD = stage.forward([batch], [stage.embed(batch)], experts)[0]
+        size = stage.cache.block_tokens
+        batches = [g and Batch.decode(g[0][0], g[0][1], g[0][2], g[1], size) for g in given]
+        nothing = torch.empty(0, device=stage.device)
+        x = [stage.embed(b) if b is not None else nothing for b in batches]
+        x = stage.forward(batches, x, experts)  # type: ignore[arg-type]
         assert stage.head is not None
-        return batch, x_TCD, stage.head(x_TCD)
+        return [
+            (b, x_TCD, stage.head(x_TCD)) if b is not None else None
+            for b, x_TCD in zip(batches, x, strict=True)
+        ]
+
+
+def _shape(micro_batch: MicroBatch) -> tuple[int, int]:
+    """Rows and width of tables of the graph that takes a pass."""
+    parts = micro_batch.parts
+    return rows_of(len(parts)) or 0, width_of(max(len(p.blocks) for p in parts))
 
 
 def _inputs(micro_batch: MicroBatch, rows: int, width: int) -> tuple[Tensor, Tensor]:

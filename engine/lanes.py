@@ -12,10 +12,14 @@ from whalepod.engine.legs import Place
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """What one attention replica brings to a step: rows per micro-batch (or a wish to stop)."""
+    """What one attention replica brings to a step: rows per micro-batch (or a wish to stop).
+
+    `even` says that every row is one of another sequence that draws: sizes of messages follow.
+    """
 
     rows: tuple[int, int, int] = (0, 0, 0)
     stop: bool = False
+    even: bool = False
 
 
 def stage_layers(layers: int, stages: int) -> tuple[range, ...]:

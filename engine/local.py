@@ -19,8 +19,8 @@ from whalepod.cluster.topology import seats_for
 from whalepod.config import Config
 from whalepod.engine.experts import LocalExperts
 from whalepod.engine.member import Member
+from whalepod.engine.passes import run_alone
 from whalepod.engine.request import Request, TokenEvent
-from whalepod.engine.session import run_alone
 from whalepod.engine.source import Source
 from whalepod.errors import EpochLost, WhalepodError
 

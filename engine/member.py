@@ -11,6 +11,7 @@ from whalepod.cluster.fabric import Fabric
 from whalepod.config import Config
 from whalepod.engine.attention import AttentionStage
 from whalepod.engine.expert import ExpertShard
+from whalepod.engine.fixed import FixedLegs
 from whalepod.engine.graph import DecodeGraphs
 from whalepod.engine.lanes import Lanes, stage_layers
 from whalepod.engine.loop import EngineLoop
@@ -127,10 +128,10 @@ class Member:
             self._serve_attention(epoch, fabric, lanes, stop)
         elif "router" in seat.roles:
             assert self.router is not None
-            serve_router(self.router, fabric, lanes)
+            serve_router(self.router, fabric, lanes, self._fixed(fabric, lanes, None))
         else:
             assert self.shard is not None
-            serve_shard(self.shard, fabric, lanes)
+            serve_shard(self.shard, fabric, lanes, self._fixed(fabric, lanes, None))
 
     def _serve_attention(
         self, epoch: Epoch, fabric: Fabric, lanes: Lanes, stop: threading.Event
@@ -144,11 +145,25 @@ class Member:
             self.router if "router" in member.roles else None,
             self.shard if "expert" in member.roles else None,
         )
+        if self.stage is not None and self.stage.graphs is not None:
+            seat.fixed = self._fixed(fabric, lanes, seat)
         if self._first is not None:
             self._first.serve(seat, stop)
         else:
             assert self._later is not None
             self._later.serve(seat)
+
+    def _fixed(self, fabric: Fabric, lanes: Lanes, seat: Seat | None) -> FixedLegs | None:
+        """What steps of fixed sizes need, where the fabric carries them."""
+        if not fabric.together or fabric.size == 1 or len(lanes.stage_layers) > 1:
+            return None
+        source = self.source
+        replica, router, shard = None, self.router, self.shard
+        if seat is not None:
+            replica, router, shard = seat.replica, seat.router, seat.shard
+        return FixedLegs(
+            *(self.model, fabric, lanes, source.dtype, source.device, replica, router, shard)
+        )
 
     def _routed_layers(self, lanes: Lanes, stage: int, roles: tuple[str, ...]) -> range:
         """Layers this member routes: its own stage's, or all as a router of its own."""

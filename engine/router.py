@@ -41,7 +41,8 @@ class Router:
         self._load = gates
         self.gates: dict[int, Gate] = {}
         self._holders: dict[int, Tensor] = {}
-        self.routed_rows = torch.zeros(config.num_hidden_layers, config.n_routed_experts)
+        size = config.num_hidden_layers, config.n_routed_experts
+        self.routed_rows = torch.zeros(size, dtype=torch.int64, device=device)
 
     def load(self, layers: range) -> None:
         """Read the gates of these layers that are not here yet."""
@@ -101,13 +102,13 @@ class Router:
             homes: (rank, number of rows) of each home, in row order.
         """
         routes = self.gates[place.layer].route(x_TD, ids_T)
-        self._count(place.layer, routes)
+        self.count(place.layer, routes)
         home_T = torch.cat([torch.full((n,), rank) for rank, n in homes])
         row_T = torch.cat([torch.arange(n) for _, n in homes])
         labels = torch.stack([home_T, row_T], dim=1).to(x_TD.device, torch.int32)
         k = self.config.num_experts_per_tok
         form = to_shard(self.config.hidden_size, self.dtype, k)
-        shard_TK = self._choose_shards(place.layer, routes)
+        shard_TK = self.choose_shards(place.layer, routes)
         experts_TK, weights_TK = routes.experts_TK.to(torch.int32), routes.weights_TK
         bits_TK = weights_TK.float().view(torch.int32)
         for shard, rank in enumerate(lanes.shards):
@@ -128,7 +129,7 @@ class Router:
             if rows[r] and lanes.dispatcher(place.layer, r) == rank
         ]
 
-    def _choose_shards(self, layer: int, routes: Routes) -> Tensor:
+    def choose_shards(self, layer: int, routes: Routes) -> Tensor:
         """Shard index of every choice, `[T, K]`; replicas are used in turn."""
         table_ER = self._holders[layer]
         if table_ER.shape[1] == 1:
@@ -137,6 +138,7 @@ class Router:
         turn_TK = torch.arange(tokens * k, device=table_ER.device).view(tokens, k)
         return table_ER[routes.experts_TK, turn_TK % table_ER.shape[1]]
 
-    def _count(self, layer: int, routes: Routes) -> None:
-        flat = routes.experts_TK.flatten().cpu()
-        self.routed_rows[layer] += torch.bincount(flat, minlength=self.routed_rows.shape[1])
+    def count(self, layer: int, routes: Routes) -> None:
+        """Add to `routed_rows`, without a word to the host."""
+        flat = routes.experts_TK.flatten()
+        self.routed_rows[layer].scatter_add_(0, flat, torch.ones_like(flat))

@@ -6,8 +6,8 @@ Legend: T rows, C residual streams, D width.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from whalepod.config import Topology
 from whalepod.engine.announce import Announcer
 from whalepod.engine.attention import AttentionStage
 from whalepod.engine.expert import ExpertShard
-from whalepod.engine.experts import Experts, LocalExperts, RemoteExperts
+from whalepod.engine.experts import LocalExperts, RemoteExperts
+from whalepod.engine.fixed import FixedLegs, fixed_sizes
+from whalepod.engine.fixed_passes import FixedExperts, serve_router_fixed, serve_shard_fixed
+from whalepod.engine.graph import Captures, DecodeGraphs
 from whalepod.engine.handover import (
     outcome_bytes,
     pack_outcome,
@@ -32,82 +35,13 @@ from whalepod.engine.legs import (
     Outgoing,
 )
 from whalepod.engine.loop import EngineLoop, Plan
-from whalepod.engine.outcome import draw_from, outcome
+from whalepod.engine.outcome import outcome
+from whalepod.engine.passes import keep, restore, run_alone, run_fixed, settle
 from whalepod.engine.prompt import PromptLogprobs
 from whalepod.engine.router import Router
 from whalepod.engine.sampler import Drawn
-from whalepod.engine.step import Part, Step
+from whalepod.engine.step import Step
 from whalepod.model.batch import Batch
-
-
-def run_alone(
-    stage: AttentionStage, experts: Experts, plan: Plan
-) -> tuple[list[Drawn], dict[int, list[int]], list[PromptLogprobs]]:
-    """Run a step on a member that has every layer and reaches experts without other replicas.
-
-    Returns:
-        what was drawn, drafts by slot, and what is told of prompts.
-    """
-    micro_batches = plan.step.micro_batches
-    restore(stage, plan.step)
-    if (found := run_captured(stage, experts, plan)) is not None:
-        return found
-    batches = [m.batch(stage.cache.block_tokens, stage.device) for m in micro_batches]
-    x = stage.forward(batches, [stage.embed(b) for b in batches], experts)
-    drawn, told = outcome(stage, x, micro_batches)
-    return drawn, settle(stage, plan, batches, x, drawn), told
-
-
-def run_captured(
-    stage: AttentionStage, experts: Experts, plan: Plan
-) -> tuple[list[Drawn], dict[int, list[int]], list[PromptLogprobs]] | None:
-    """Run a step as a graph, if it is one of single tokens and everything is on one device."""
-    micro_batches = plan.step.micro_batches
-    if stage.graphs is None or len(micro_batches) > 1 or not isinstance(experts, LocalExperts):
-        return None
-    found = stage.graphs.run(micro_batches[0], experts)
-    if found is None:
-        return None
-    batch, x_TCD, logits = found
-    drawn = draw_from(stage, logits, micro_batches[0])
-    # What draws after one token has no prompt left to tell of.
-    return drawn, settle(stage, plan, [batch], [x_TCD], drawn), []
-
-
-def restore(stage: AttentionStage, step: Step) -> None:
-    """Start slots from the snapshots that their sequences go on from."""
-    for part in (p for m in step.micro_batches for p in m.parts if p.restore >= 0):
-        stage.cache.copy_slot(part.restore, part.slot)
-
-
-def settle(
-    stage: AttentionStage, plan: Plan, batches: Seq[Batch], x: Seq[Tensor], drawn: list[Drawn]
-) -> dict[int, list[int]]:
-    """Make a pass's state visible as far as its guesses were right; returns drafts by slot."""
-    rest = iter(drawn)
-    drafts: dict[int, list[int]] = {}
-    for micro_batch, batch, x_TCD in zip(plan.step.micro_batches, batches, x, strict=False):
-        emitted: dict[int, list[int]] = {}
-        for part in micro_batch.parts:
-            if part.draw is not None:
-                # A draw that failed (-1) ends its request; drafting after it needs some token.
-                got = [max(0, next(rest).token) for _ in range(1 + part.drafts)]
-                emitted[part.slot] = part.emitted(got)
-            wrong = 1 + part.drafts - len(emitted[part.slot]) if part.drafts else 0
-            right = len(part.ids) - wrong
-            keep(stage, batch, part, right)
-            batch.commit(part.slot, right)
-        if stage.drafter is not None and plan.drafts:
-            drafts |= stage.drafter.propose(micro_batch, x_TCD, emitted, plan.drafts)
-    return drafts
-
-
-def keep(stage: AttentionStage, batch: Batch, part: Part, right: int) -> None:
-    """Take the snapshots that a part asks for, of its first `right` rows; before its commit."""
-    for rows, snapshot in part.keep:
-        if rows <= right:
-            stage.cache.copy_slot(part.slot, snapshot)
-            batch.keep(part.slot, rows, snapshot)
 
 
 @dataclass(slots=True)
@@ -120,6 +54,8 @@ class Seat:
     replica: int
     router: Router | None
     shard: ExpertShard | None
+
+    fixed: FixedLegs | None = None
 
     def rank_of_stage(self, stage: int) -> int:
         """The rank of this replica's given stage."""
@@ -171,7 +107,7 @@ class FirstStage:
             if leads and stop.is_set():
                 return Announcement(stop=True)
             plan = self.loop.plan(self.topology.micro_batches, self.topology.micro_batch_rows)
-            return _announce(plan)
+            return _announce(plan, seat.fixed is not None)
 
         while True:
             plan = None
@@ -184,7 +120,16 @@ class FirstStage:
             others_busy = any(
                 any(a.rows) for replica, a in announced.items() if replica != seat.replica
             )
-            self._step(seat, announced, plan)
+            if seat.fixed is not None and (sizes := fixed_sizes(announced)) is not None:
+                self._fixed_step(seat, FixedExperts(seat.fixed, sizes), plan, announcer.step)
+            else:
+                self._step(seat, announced, plan)
+
+    def _fixed_step(self, seat: Seat, experts: FixedExperts, plan: Plan | None, step: int) -> None:
+        if plan is not None or seat.shard is not None:
+            made = run_fixed(self.stage, experts, plan, step)
+            if plan is not None:
+                self.loop.finish(plan, *made)
 
     def _step(self, seat: Seat, announced: dict[int, Announcement], plan: Plan | None) -> None:
         experts, step = seat.experts(self.stage, announced), plan.step if plan else Step(())
@@ -273,21 +218,37 @@ class LaterStage:
                     batch.commit(part.slot)
 
 
-def _announce(plan: Plan | None) -> Announcement:
-    rows = [m.tokens for m in plan.step.micro_batches] if plan else []
-    a, b, c = (*rows, 0, 0, 0)[:3]
-    return Announcement((a, b, c))
+def _announce(plan: Plan | None, fixed: bool) -> Announcement:
+    mine = plan.step.micro_batches if plan else ()
+    a, b, c = (*(m.tokens for m in mine), 0, 0, 0)[:3]
+    return Announcement((a, b, c), even=fixed and all(map(DecodeGraphs.takes, mine)))
 
 
-def serve_router(router: Router, fabric: Fabric, lanes: Lanes) -> None:
+def serve_router(
+    router: Router, fabric: Fabric, lanes: Lanes, fixed: FixedLegs | None = None
+) -> None:
     """Route until the lead has announced the stop. Raises EpochLost."""
-    announcer = Announcer(fabric, lanes)
+    announcer, captures = Announcer(fabric, lanes), _captures(fixed)
     while (announced := announcer.exchange(None)) is not None:
-        router.serve_step(fabric, lanes, announced)
+        sizes = fixed_sizes(announced) if fixed is not None else None
+        if fixed is None or sizes is None:
+            router.serve_step(fabric, lanes, announced)
+        else:
+            captures.run(sizes, fixed.places, partial(serve_router_fixed, fixed, sizes))
 
 
-def serve_shard(shard: ExpertShard, fabric: Fabric, lanes: Lanes) -> None:
+def serve_shard(
+    shard: ExpertShard, fabric: Fabric, lanes: Lanes, fixed: FixedLegs | None = None
+) -> None:
     """Serve rows until the lead has announced the stop. Raises EpochLost."""
-    announcer = Announcer(fabric, lanes)
+    announcer, captures = Announcer(fabric, lanes), _captures(fixed)
     while (announced := announcer.exchange(None)) is not None:
-        shard.serve_step(fabric, lanes, announced)
+        sizes = fixed_sizes(announced) if fixed is not None else None
+        if fixed is None or sizes is None:
+            shard.serve_step(fabric, lanes, announced)
+        else:
+            captures.run(sizes, fixed.places, partial(serve_shard_fixed, fixed, sizes))
+
+
+def _captures(fixed: FixedLegs | None) -> Captures[None]:
+    return Captures(capture=fixed is not None and fixed.device.type == "cuda")

@@ -34,6 +34,22 @@ def run_experts(x_ND: Tensor, experts: list[int], weights_N: Tensor, table: Tabl
     return _pairs(x_ND, at, weights_N, 1, table)
 
 
+def run_held(x_MD: Tensor, experts_MK: Tensor, weights_MK: Tensor, table: Table) -> Tensor:
+    """Run every choice whose expert is in `table`, `[M, K, D]`; the others (-1) are left at zero.
+
+    Args:
+        experts_MK: int32 or int64. weights_MK: fp32.
+    """
+    if isinstance(table, ExpertStack):
+        return table(x_MD, experts_MK, weights_MK)
+    out = x_MD.new_zeros(*experts_MK.shape, x_MD.shape[1])
+    at, choice = (experts_MK >= 0).nonzero(as_tuple=True)
+    if len(at):
+        here = experts_MK[at, choice].long(), weights_MK[at, choice]
+        out[at, choice] = _pairs(x_MD[at], *here, 1, table)
+    return out
+
+
 def _pairs(
     x_MD: Tensor, experts_N: Tensor, weights_N: Tensor, share: int, table: Mapping[int, Expert]
 ) -> Tensor:

@@ -138,7 +138,7 @@ def test_passes_of_tables_give_what_passes_of_spans_give(tiny: Path) -> None:
 
         def counted(*args: Any) -> Any:
             found = run_it(*args)
-            seen.append(0 if found is None else len(found[1]))
+            seen.append(0 if found is None else len(found[0][1]))
             return found
 
         stage.graphs.run = counted  # type: ignore[method-assign]

@@ -1,0 +1,191 @@
+"""Every member's part in a step of fixed sizes; `fixed.py` says what that is.
+
+Legend: S shards, C rows of a home, K experts per token, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from whalepod.engine.fixed import FixedLegs, Leg, Sizes
+from whalepod.engine.legs import TAG_HOME, TAG_ROUTER, TAG_SHARD
+from whalepod.kernels.combine import combine
+from whalepod.model.moe import run_held
+
+
+def dispatch(
+    legs: FixedLegs, layer: int, blocks: Seq[int], x_TD: Tensor, ids_T: Tensor, seals: Seq[Tensor]
+) -> Tensor:
+    """Choose experts; the messages for all shards, `[S * bytes]` in the order of their ranks."""
+    router, form = legs.router, legs.form
+    assert router is not None
+    routes = router.gates[layer].route(x_TD, ids_T)
+    router.count(layer, routes)
+    shard_TK = router.choose_shards(layer, routes)
+    here_STK = shard_TK == legs.shard_S.view(-1, 1, 1)
+    ids_STK = torch.where(here_STK, routes.experts_TK.to(torch.int32), -1)
+    bits_TK = routes.weights_TK.float().view(torch.int32)
+    total = sum(map(form.to_shard, blocks))
+    data = torch.empty(len(legs.shard_S), total, dtype=torch.uint8, device=x_TD.device)
+    at = row = 0
+    for count, seal in zip(blocks, seals, strict=True):
+        message, part = data[:, at : at + form.to_shard(count)], slice(row, row + count)
+        x, ids, weights, mark = form.split(message, count, form.k, form.k)
+        x.copy_(x_TD[part].expand_as(x))
+        ids.copy_(ids_STK[:, part])
+        weights.copy_(bits_TK[part].expand_as(weights))
+        mark.copy_(seal.expand_as(mark))
+        at, row = at + form.to_shard(count), row + count
+    return data.flatten()
+
+
+def answer(
+    legs: FixedLegs, layer: int, rows: Seq[int], came: Tensor
+) -> tuple[Tensor, dict[int, int]]:
+    """Run a shard's experts: the messages for all homes in the order of their ranks, and their bytes."""
+    shard, form = legs.shard, legs.form
+    assert shard is not None
+    arrivals, parts, at = legs.arrivals(rows), [], 0
+    for _, count in arrivals:
+        end = at + form.to_shard(count)
+        parts.append(form.split(came[at:end], count, form.k, form.k))
+        at = end
+    x, ids, bits, seals = ([p[i] for p in parts] for i in range(4))
+    x_MD, ids_MK, bits_MK = (p[0] if len(p) == 1 else torch.cat(p) for p in (x, ids, bits))
+    out_MKD = run_held(x_MD, ids_MK, bits_MK.view(torch.float32), shard.experts[layer])
+    sizes = {home: form.to_home(count) for home, count in sorted(arrivals)}
+    data = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=came.device)
+    message_of, row = dict(zip(sizes, data.split([*sizes.values()]), strict=True)), 0
+    for (home, count), seal in zip(arrivals, seals, strict=True):
+        message = message_of[home]
+        back, held, mark = form.split(message, count * form.k, 1)
+        back.copy_(out_MKD[row : row + count].flatten(0, 1))
+        held.copy_(ids_MK[row : row + count].reshape(-1, 1))
+        mark.copy_(seal)
+        row += count
+    return data, sizes
+
+
+def collect(legs: FixedLegs, rows: int, came: Tensor, last: bool) -> Tensor:
+    """Sum what the shards sent back for this home's rows, `[C, D]` fp32, in the router's order."""
+    form = legs.form
+    per = came.view(len(legs.shard_S), form.to_home(rows))
+    back_SND, held_SN, seal_S4 = form.split(per, rows * form.k, 1)
+    held = held_SN.squeeze(-1) >= 0
+    where_N = held.int().argmax(0)
+    if last:
+        legs.fault.logical_or_((seal_S4 != legs.seal).any() | ~held.any(0).all())
+    parts = back_SND[where_N, torch.arange(rows * form.k, device=came.device)]
+    return combine(parts.view(rows, form.k, form.width))
+
+
+class FixedExperts:
+    """The routed experts of a step of fixed sizes; see `experts.Experts`."""
+
+    def __init__(self, legs: FixedLegs, sizes: Sizes) -> None:
+        self.legs, self.sizes = legs, sizes
+        self._out: dict[tuple[int, int], Leg] = {}
+        self._last = legs.lanes.stage_layers[0].stop - 1
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """See `FixedLegs.places`."""
+        return self.legs.places
+
+    @property
+    def key(self) -> Sizes:
+        """See `FixedLegs.key`."""
+        return self.legs.key(self.sizes)
+
+    def send(self, layer: int, micro_batch: int, x_TD: Tensor, ids_T: Tensor) -> None:
+        """Legs 1 or 2, and what of leg 2 comes here."""
+        legs, rows = self.legs, self.sizes[micro_batch]
+        assert legs.replica is not None
+        form, count, data = legs.form, rows[legs.replica], legs.nothing
+        assert len(x_TD) == count
+        go: dict[int, int] = {}
+        come = come_to_shard(legs, rows) if legs.shard is not None else {}
+        if count and legs.router is None:
+            data = torch.empty(form.to_router(count), dtype=torch.uint8, device=x_TD.device)
+            x, ids, mark = form.split(data, count, 1)
+            x.copy_(x_TD)
+            ids.copy_(ids_T.unsqueeze(1))
+            mark.copy_(legs.seal)
+            go = {legs.lanes.dispatcher(layer, legs.replica): len(data)}
+        elif count:
+            data = dispatch(legs, layer, [count], x_TD, ids_T, [legs.seal])
+            go = dict.fromkeys(legs.lanes.shards, form.to_shard(count))
+        if come or go:
+            tag = TAG_SHARD if legs.router is not None else TAG_ROUTER
+            self._out[layer, micro_batch] = legs.start(tag, come, data, go)
+
+    def receive(self, layer: int, micro_batch: int) -> Tensor:
+        """Leg 3, and what of it goes from here."""
+        legs, rows = self.legs, self.sizes[micro_batch]
+        assert legs.replica is not None
+        count, form, data = rows[legs.replica], legs.form, legs.nothing
+        sent, go = self._out.pop((layer, micro_batch), None), dict[int, int]()
+        came = sent.take() if sent is not None else legs.nothing
+        if legs.shard is not None and sent is not None:
+            data, go = answer(legs, layer, rows, came)
+        come = dict.fromkeys(legs.lanes.shards, form.to_home(count)) if count else {}
+        back = legs.start(TAG_HOME, come, data, go).take() if come or go else legs.nothing
+        if not count:
+            return torch.zeros(0, form.width, device=legs.device)
+        return collect(legs, count, back, layer == self._last)
+
+    def settle(self) -> None:
+        """Nothing is under way: every leg has been waited for."""
+
+
+def come_to_shard(legs: FixedLegs, rows: Seq[int]) -> dict[int, int]:
+    """Bytes of leg 2 from each dispatcher."""
+    return {d: sum(map(legs.form.to_shard, legs.blocks(d, rows))) for d in legs.dispatchers(rows)}
+
+
+def serve_shard_fixed(legs: FixedLegs, sizes: Sizes) -> None:
+    """Serve every pass of one step, as a shard of its own."""
+    passes = [(layer, m) for layer in legs.lanes.stage_layers[0] for m in range(len(sizes))]
+    coming = [legs.start(TAG_SHARD, come_to_shard(legs, sizes[passes[0][1]]), legs.nothing, {})]
+    leaving: list[Leg] = []
+    for i, (layer, m) in enumerate(passes):
+        if i + 1 < len(passes):
+            come = come_to_shard(legs, sizes[passes[i + 1][1]])
+            coming.append(legs.start(TAG_SHARD, come, legs.nothing, {}))
+        data, go = answer(legs, layer, sizes[m], coming.pop(0).take())
+        leaving.append(legs.start(TAG_HOME, {}, data, go))
+    for leg in leaving:
+        leg.take()
+
+
+def serve_router_fixed(legs: FixedLegs, sizes: Sizes) -> None:
+    """Route every pass of one step, as a router of its own."""
+    form, rank, leaving = legs.form, legs.fabric.rank, list[Leg]()
+    for layer in legs.lanes.stage_layers[0]:
+        for rows in sizes:
+            blocks = legs.blocks(rank, rows)
+            if not blocks:
+                continue
+            homes = sorted(h for r, h in enumerate(legs.lanes.homes[0]) if _routes(legs, r, rows))
+            of = {h: rows[legs.lanes.homes[0].index(h)] for h in homes}
+            come = {home: form.to_router(count) for home, count in of.items()}
+            came, parts, at = legs.start(TAG_ROUTER, come, legs.nothing, {}).take(), {}, 0
+            for home, count in of.items():
+                parts[home] = form.split(came[at : at + come[home]], count, 1)
+                at += come[home]
+            # Blocks go on in the order of replicas.
+            order = [parts[h] for h in legs.lanes.homes[0] if h in parts]
+            x_TD = torch.cat([p[0] for p in order])
+            ids_T = torch.cat([p[1] for p in order]).squeeze(1).long()
+            data = dispatch(legs, layer, blocks, x_TD, ids_T, [p[2] for p in order])
+            go = dict.fromkeys(legs.lanes.shards, sum(map(form.to_shard, blocks)))
+            leaving.append(legs.start(TAG_SHARD, {}, data, go))
+    for leg in leaving:
+        leg.take()
+
+
+def _routes(legs: FixedLegs, replica: int, rows: Seq[int]) -> bool:
+    return bool(rows[replica]) and legs.lanes.dispatcher(0, replica) == legs.fabric.rank
