@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ _FP8_SCALE, _FP4_SCALE = 121, 119
 class RandomCheckpoint(Checkpoint):
     """Every tensor that a configuration wants, drawn when it is read; nothing is kept.
 
+    A tensor's name is its seed: processes on the same kind of device have the same.
+
     Args:
         config: sizes. device: where tensors are drawn.
     """
@@ -32,11 +35,13 @@ class RandomCheckpoint(Checkpoint):
             0,
         )
         self._device = torch.device(device)
+        self._drawn = torch.Generator(device)
 
     def packed_expert(
         self, layer: int, expert: int, device: torch.device | str = "cpu"
     ) -> tuple[Fp4Stack, Fp4Stack]:
         """Codes and scales drawn in the kernels' layout: any bits are a weight."""
+        self._drawn.manual_seed(layer << 16 | expert)
         width, inner = self.config.hidden_size, self.config.moe_intermediate_size
         return self._stack(2 * inner, width), self._stack(width, inner)
 
@@ -46,22 +51,26 @@ class RandomCheckpoint(Checkpoint):
         exponents = torch.full((1, blocks, rows, 4), _FP4_SCALE + 126, device=self._device)
         scales = exponents.to(torch.uint8).view(torch.int32).squeeze(-1)
         gain = torch.ones(1, device=self._device)
-        return Fp4Stack(codes.random_(-32768, 32767), scales, gain, columns)
+        return Fp4Stack(codes.random_(-32768, 32767, generator=self._drawn), scales, gain, columns)
 
     def _read(self, name: str) -> Tensor:
-        spec, device = self.specs[name], self._device
+        spec, device, drawn_by = self.specs[name], self._device, self._drawn
+        drawn_by.manual_seed(crc32(name.encode()))
         if spec.stored is Stored.I64:
             experts = self.config.n_routed_experts
-            drawn = torch.rand(spec.shape[0], experts, device=device)
+            drawn = torch.rand(spec.shape[0], experts, device=device, generator=drawn_by)
             return drawn.topk(spec.shape[1], dim=-1).indices
         if spec.stored is Stored.SCALE:
             exponents = torch.full(spec.shape, _FP8_SCALE, dtype=torch.uint8, device=device)
             return exponents.view(torch.float8_e8m0fnu)
         if spec.stored is Stored.FP8:
-            return torch.randn(spec.shape, device=device).to(torch.float8_e4m3fn)
+            return torch.randn(spec.shape, device=device, generator=drawn_by).to(
+                torch.float8_e4m3fn
+            )
         if spec.stored is Stored.FP4:
-            return torch.randint(-128, 128, spec.shape, dtype=torch.int8, device=device)
-        drawn = torch.randn(spec.shape, device=device)
+            codes = torch.empty(spec.shape, dtype=torch.int8, device=device)
+            return codes.random_(-128, 128, generator=drawn_by)
+        drawn = torch.randn(spec.shape, device=device, generator=drawn_by)
         if len(spec.shape) > 1:
             drawn /= 64
         elif name.endswith("norm.weight"):

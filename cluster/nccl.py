@@ -12,6 +12,7 @@ out. What the host waits for beyond the deadline within a step ends the same way
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -59,7 +60,8 @@ class NcclFabric:
         self, lanes: Sequence[object], control: Fabric, pulse: object, deadline_s: float
     ) -> None:
         self._lanes: list[object] = list(lanes)
-        self.control, self._pulse = control, pulse
+        self.control = control
+        self._pulse: object | None = pulse
         self.rank, self.size = control.rank, control.size
         self.names, self.epoch = control.names, control.epoch
         self._closed, self._lock = "", threading.Lock()
@@ -123,20 +125,29 @@ class NcclFabric:
             # Before anything stops a kernel: whoever reads what it left behind finds this.
             self._closed = why
         self._ended.set()
-        if self.size > 1:
-            self._pulse.send([torch.zeros(1, dtype=torch.uint8)], (self.rank - 1) % self.size, 0)
         # The last lanes first: nothing computed from rows that never came may go on. An abort
         # returns when the graphs that hold its kernels are gone, so each has a thread of its own.
-        for lane in reversed(self._lanes):
-            threading.Thread(target=lane.abort, name="abort", daemon=True).start()
+        for act in (*(lane.abort for lane in reversed(self._lanes)), self._tell):
+            threading.Thread(target=act, name="abort", daemon=True).start()
+
+    def _tell(self) -> None:
+        """Answer who listens to this member; a group that has lost a peer can only be dropped."""
+        pulse, self._pulse = self._pulse, None
+        with contextlib.suppress(RuntimeError):
+            if pulse is not None and self.size > 1:
+                word = torch.zeros(1, dtype=torch.uint8)
+                pulse.send([word], (self.rank - 1) % self.size, 0).wait()
 
     def _listen(self) -> None:
         peer, word = (self.rank + 1) % self.size, torch.zeros(1, dtype=torch.uint8)
         try:
-            self._pulse.recv([word], peer, 0).wait()
+            pulse = self._pulse
+            if pulse is not None:
+                pulse.recv([word], peer, 0).wait()
             why = f"{self.names[peer]} has left it"
         except RuntimeError as error:
             why = f"{self.names[peer]} is gone: {str(error).splitlines()[0][:120]}"
+        del pulse
         if not self._closed:
             log.info("epoch %d: %s", self.epoch, why)
         self._abort(why)
