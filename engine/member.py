@@ -6,6 +6,8 @@ import logging
 import threading
 from collections.abc import Callable
 
+import torch
+
 from whalepod.cluster.epoch import Epoch
 from whalepod.cluster.fabric import Fabric
 from whalepod.config import Config
@@ -132,6 +134,8 @@ class Member:
         else:
             assert self.shard is not None
             serve_shard(self.shard, fabric, lanes, self._fixed(fabric, lanes, None))
+        if self.source.device.type == "cuda":
+            torch.cuda.synchronize(self.source.device)  # what a peer still waits for has left
 
     def _serve_attention(
         self, epoch: Epoch, fabric: Fabric, lanes: Lanes, stop: threading.Event
@@ -147,11 +151,16 @@ class Member:
         )
         if self.stage is not None and self.stage.graphs is not None:
             seat.fixed = self._fixed(fabric, lanes, seat)
-        if self._first is not None:
-            self._first.serve(seat, stop)
-        else:
-            assert self._later is not None
-            self._later.serve(seat)
+        try:
+            if self._first is not None:
+                self._first.serve(seat, stop)
+            else:
+                assert self._later is not None
+                self._later.serve(seat)
+        finally:
+            if seat.fixed is not None and self.stage is not None and self.stage.graphs is not None:
+                # They hold on to the epoch's communicators.
+                self.stage.graphs.captures.forget()
 
     def _fixed(self, fabric: Fabric, lanes: Lanes, seat: Seat | None) -> FixedLegs | None:
         """What steps of fixed sizes need, where the fabric carries them."""

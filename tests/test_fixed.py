@@ -99,6 +99,7 @@ def alone(tiny: Path) -> Output:
     return run(tiny, {"layout": "single"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_steps_of_fixed_sizes_change_no_bit(
     name: str, tiny: Path, alone: Output, fixed_steps: list[int]
