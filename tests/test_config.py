@@ -67,3 +67,11 @@ def test_overrides_on_the_command_line(tmp_path: Path) -> None:
     file.write_text("model: [")
     with pytest.raises(ConfigError, match="is not YAML"):
         read_config(str(file), None, [])
+
+
+def test_there_is_no_mode_that_gives_determinism_up() -> None:
+    data = {"model": {"path": "/m"}, "engine": {"deterministic": True}}
+    assert Config.from_dict(data).engine.deterministic
+    data["engine"]["deterministic"] = False
+    with pytest.raises(ConfigError, match="deterministic=false is no mode.*leave the key out"):
+        Config.from_dict(data)

@@ -92,7 +92,13 @@ class Engine(Section):
     )
     cuda_graphs: bool = Field(
         default=True,
-        description="run decode steps of layout single as CUDA graphs; false: kernel by kernel",
+        description="run decode steps of layout single, or of members over NCCL, as CUDA graphs; "
+        "false: kernel by kernel",
+    )
+    deterministic: bool = Field(
+        default=True,
+        description="a request's bits depend on no other request, nor on chunks, layout or recovery; "
+        "there is no other mode",
     )
     prefix_snapshots: int = Field(
         default=32,
@@ -111,6 +117,16 @@ class Engine(Section):
         default="auto",
         description="how entries are stored: in model.dtype, or FP8 with FP4 index keys as released",
     )
+
+
+    @model_validator(mode="after")
+    def _bits_are_kept(self) -> Engine:
+        if not self.deterministic:
+            raise ValueError(
+                "deterministic=false is no mode: the kernels that keep bits are all there are, and no "
+                "slower for it (bench/results/invariance.md); leave the key out, or true"
+            )
+        return self
 
 
 Place = Literal["controller", "ingress", "attention", "experts", "router"]

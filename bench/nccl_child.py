@@ -1,0 +1,127 @@
+"""A member in a process of its own, told what to do by `nccl_members.py`."""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench.gpu_step import RATIOS
+from bench.random_weights import RandomCheckpoint
+from bench.spread import say
+
+from whalepod.cluster.epoch import Epoch
+from whalepod.cluster.fabric import Fabric
+from whalepod.cluster.rendezvous import connect
+from whalepod.config import Config
+from whalepod.engine.member import Member
+from whalepod.engine.request import Request, Sampling, TokenEvent
+from whalepod.engine.source import Source
+from whalepod.errors import EpochLost
+from whalepod.model.checkpoint import Checkpoint
+from whalepod.model.shape import ModelConfig
+
+LAYERS = 8
+
+
+def sliced() -> ModelConfig:
+    """Eight layers of V4-Flash."""
+    known = ModelConfig.from_file(Path("configs/models/deepseek-v4-flash.json")).model_dump()
+    changes = {"num_hidden_layers": LAYERS, "num_nextn_predict_layers": 0}
+    return ModelConfig.from_dict({**known, **changes, "compress_ratios": [*RATIOS[:LAYERS]]})
+
+
+def open_checkpoint(model: str, device: str) -> Checkpoint:
+    """The one to serve."""
+    return Checkpoint.open(model) if model else RandomCheckpoint(sliced(), device)
+
+
+class One:
+    """One member's process."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.member: Member | None = None
+        self.fabric: Fabric | None = None
+        self.stop = threading.Event()
+        self.thread: threading.Thread | None = None
+        self.times: dict[str, list[float]] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.open: set[str] = set()
+
+    def obey(self, order: dict[str, Any]) -> dict[str, Any] | None:
+        """Do as told."""
+        if order["do"] == "enter":
+            return self.enter(order)
+        assert self.member is not None
+        loop = self.member.loop
+        assert loop is not None
+        if order["do"] == "end":
+            self.stop.set()
+            loop.wake.set()
+            return None
+        self.times, self.tokens = {}, {}
+        made = [
+            Request(r["id"], tuple(r["ids"]), r["tokens"], Sampling(0.0), ignore_eos=True)
+            for r in order["requests"]
+        ]
+        self.open = {r.id for r in made}
+        for request in made:
+            loop.submit(request)
+        return None
+
+    def enter(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Load what an epoch needs, meet the others, and serve."""
+        name, config = order["name"], Config.from_dict(order["config"])
+        epoch = Epoch.from_dict(order["epoch"])
+        if self.member is None:
+            checkpoint = open_checkpoint(self.args.model, self.args.device)
+            source = Source(config.model, checkpoint, self.args.device)
+            self.member = Member(name, config, source, self.emit)
+        if self.thread is not None:
+            self.thread.join(60)
+        start = time.monotonic()
+        with torch.inference_mode():
+            self.member.prepare(epoch)
+        prepared = time.monotonic()
+        self.fabric = connect(
+            epoch.id,
+            epoch.rank_of(name),
+            epoch.names,
+            address=epoch.rendezvous,
+            backend=epoch.backend,
+            host="127.0.0.1",
+            deadline_s=config.cluster.step_deadline_s,
+            rendezvous_s=120,
+        )
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.run, args=(epoch, self.fabric), daemon=True)
+        self.thread.start()
+        now = time.monotonic()
+        return {"kind": "entered", "prepare_s": prepared - start, "connect_s": now - prepared}
+
+    def run(self, epoch: Epoch, fabric: Fabric) -> None:
+        """Serve until the epoch ends."""
+        assert self.member is not None
+        try:
+            with torch.inference_mode():
+                self.member.serve(epoch, fabric, self.stop)
+            say(kind="ended")
+        except EpochLost as error:
+            say(kind="lost", at=time.time(), why=str(error))
+        except Exception as error:
+            say(kind="failed", why=repr(error))
+        finally:
+            fabric.close()
+
+    def emit(self, event: TokenEvent) -> None:
+        """Note a token, and say when the last has come."""
+        self.times.setdefault(event.request_id, []).append(time.time())
+        self.tokens.setdefault(event.request_id, []).append(event.token)
+        if event.finish is not None:
+            self.open.discard(event.request_id)
+            if not self.open:
+                say(kind="done", tokens=self.tokens, times=self.times)
