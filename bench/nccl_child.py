@@ -56,13 +56,11 @@ class One:
         """Do as told."""
         if order["do"] == "enter":
             return self.enter(order)
+        if order["do"] == "watch":
+            return watch(order["seconds"])
         assert self.member is not None
         loop = self.member.loop
         assert loop is not None
-        if order["do"] == "end":
-            self.stop.set()
-            loop.wake.set()
-            return None
         self.times, self.tokens = {}, {}
         made = [
             Request(r["id"], tuple(r["ids"]), r["tokens"], Sampling(0.0), ignore_eos=True)
@@ -119,9 +117,28 @@ class One:
 
     def emit(self, event: TokenEvent) -> None:
         """Note a token, and say when the last has come."""
-        self.times.setdefault(event.request_id, []).append(time.time())
+        seen = self.times.setdefault(event.request_id, [])
+        seen.append(time.time())
+        if len(seen) == 4 and all(len(self.times.get(r, ())) > 3 for r in self.open):
+            say(kind="decoding")
         self.tokens.setdefault(event.request_id, []).append(event.token)
         if event.finish is not None:
             self.open.discard(event.request_id)
             if not self.open:
                 say(kind="done", tokens=self.tokens, times=self.times)
+
+
+def watch(seconds: float) -> dict[str, Any]:
+    """Time of the device in a while, by what it was for."""
+    start, of = time.monotonic(), {"exchange": 0.0, "experts": 0.0, "other": 0.0}
+    if torch.cuda.is_available():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            time.sleep(seconds)
+            torch.cuda.synchronize()
+        for event in seen.key_averages():
+            name = event.key.lower()
+            what = "exchange" if "nccl" in name else "experts" if "expert" in name else "other"
+            of[what] += event.self_device_time_total / 1e6
+    else:
+        time.sleep(seconds)
+    return {"kind": "watched", "seconds": time.monotonic() - start, **of}

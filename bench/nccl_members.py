@@ -1,12 +1,13 @@
 """Members on GPUs of their own, over NCCL: the same tokens, steps beside each other, a lost expert.
 
-    PYTHONPATH=src:. python bench/nccl_members.py [--gpus 4] [--part tokens rates loss]
+    PYTHONPATH=src:. python bench/nccl_members.py [--gpus 4] [--part tokens rates legs loss]
         [--model DIR --device cpu]
 
 Every member is a process with a GPU; this one makes epochs, as the controller does. Weights are random, of
 eight layers of V4-Flash with all experts, the same in every process; `--model` reads a checkpoint instead, and
 `--device cpu` tries the program over gloo. `tokens` compares greedy tokens with layout `single`. `rates` counts
-tokens while every request decodes, the same requests on the same number of GPUs for `ep` and `afd`. `loss`
+tokens while every request decodes, the same requests on the same number of GPUs for `ep` and `afd`. `legs`
+says what the members' devices do meanwhile: NCCL's kernels include the time that they wait for others. `loss`
 ends an expert member's process by SIGKILL under streams, with every expert on two shards and on one.
 """
 
@@ -177,9 +178,34 @@ def tokens_and_rates(args: argparse.Namespace, cuda: bool) -> None:
             )
 
 
+def legs(args: argparse.Namespace, cuda: bool) -> None:
+    """The table of `legs`."""
+    print("\n| layout | member | exchange | experts | other kernels |\n|---|---|---|---|---|")
+    for name, shape in layouts(args.gpus).items():
+        with children(__file__, args.gpus, cuda, *passed(args)) as ranks:
+            layout = Layout(args, ranks, **shape)
+            layout.enter()
+            many = requests(
+                layout.model, args.gpus * (32 if cuda else 3), 1024 if cuda else 40, 400
+            )
+            homes = layout.submit(many)
+            for home in homes:
+                home.hear("decoding")
+            for rank in layout.of.values():
+                rank.tell(do="watch", seconds=0.5)
+            for member, rank in layout.of.items():
+                seen = rank.hear("watched")
+                parts = (seen[k] / seen["seconds"] for k in ("exchange", "experts", "other"))
+                print(f"| {name} | {member} | " + " | ".join(f"{p:.0%}" for p in parts) + " |")
+
+
 def loss(args: argparse.Namespace, cuda: bool) -> None:
     """The table of `loss`."""
     experts = args.gpus - 1
+    if experts < 2:
+        raise SystemExit(
+            "an expert is lost among two expert members or more: --gpus 3, or leave `loss` out"
+        )
     shape = {"attention": 1, "experts": experts, "router": "attention"}
     print(
         "\n| experts | noticed ms | next epoch s | prepare, connect s | longest pause s | requests with other tokens |"
@@ -217,7 +243,7 @@ def main() -> None:
     """Print the tables, or be a child."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--gpus", type=int, default=4)
-    parser.add_argument("--part", nargs="+", default=["tokens", "rates", "loss"])
+    parser.add_argument("--part", nargs="+", default=["tokens", "rates", "legs", "loss"])
     parser.add_argument("--model", default="")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--child", type=int)
@@ -230,6 +256,8 @@ def main() -> None:
     cuda = args.device == "cuda"
     if {"tokens", "rates"} & {*args.part}:
         tokens_and_rates(args, cuda)
+    if "legs" in args.part:
+        legs(args, cuda)
     if "loss" in args.part:
         loss(args, cuda)
 
