@@ -12,7 +12,7 @@ from torch import Tensor
 
 from whalepod.engine.fixed import FixedLegs, Leg, Sizes
 from whalepod.engine.legs import TAG_HOME, TAG_ROUTER, TAG_SHARD
-from whalepod.kernels.combine import combine
+from whalepod.kernels.hand_out import hand_out, sum_of_shards
 from whalepod.model.moe import run_held
 
 
@@ -23,20 +23,15 @@ def dispatch(
     router, form = legs.router, legs.form
     assert router is not None
     routes = router.gates[layer].route(x_TD, ids_T)
-    router.count(layer, routes)
-    shard_TK = router.choose_shards(layer, routes)
-    here_STK = shard_TK == legs.shard_S.view(-1, 1, 1)
-    ids_STK = torch.where(here_STK, routes.experts_TK.to(torch.int32), -1)
-    bits_TK = routes.weights_TK.float().view(torch.int32)
     total = sum(map(form.to_shard, blocks))
     data = torch.empty(len(legs.shard_S), total, dtype=torch.uint8, device=x_TD.device)
     at = row = 0
     for count, seal in zip(blocks, seals, strict=True):
         message, part = data[:, at : at + form.to_shard(count)], slice(row, row + count)
         x, ids, weights, mark = form.split(message, count, form.k, form.k)
-        x.copy_(x_TD[part].expand_as(x))
-        ids.copy_(ids_STK[:, part])
-        weights.copy_(bits_TK[part].expand_as(weights))
+        routed = routes.experts_TK[part], routes.weights_TK[part], router.holders[layer]
+        written = x, ids, weights, router.routed_rows[layer]
+        hand_out(x_TD[part], *routed, legs.shard_S, row, *written)
         mark.copy_(seal.expand_as(mark))
         at, row = at + form.to_shard(count), row + count
     return data.flatten()
@@ -74,12 +69,11 @@ def collect(legs: FixedLegs, rows: int, came: Tensor, last: bool) -> Tensor:
     form = legs.form
     per = came.view(len(legs.shard_S), form.to_home(rows))
     back_SND, held_SN, seal_S4 = form.split(per, rows * form.k, 1)
-    held = held_SN.squeeze(-1) >= 0
-    where_N = held.int().argmax(0)
+    held_SN = held_SN.squeeze(-1)
     if last:
-        legs.fault.logical_or_((seal_S4 != legs.seal).any() | ~held.any(0).all())
-    parts = back_SND[where_N, torch.arange(rows * form.k, device=came.device)]
-    return combine(parts.view(rows, form.k, form.width))
+        everywhere = (held_SN >= 0).any(0).all()
+        legs.fault.logical_or_((seal_S4 != legs.seal).any() | ~everywhere)
+    return sum_of_shards(back_SND, held_SN, form.k)
 
 
 class FixedExperts:

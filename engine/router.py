@@ -40,7 +40,7 @@ class Router:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self._load = gates
         self.gates: dict[int, Gate] = {}
-        self._holders: dict[int, Tensor] = {}
+        self.holders: dict[int, Tensor] = {}  # shards of every expert, `[E, R]`
         size = config.num_hidden_layers, config.n_routed_experts
         self.routed_rows = torch.zeros(size, dtype=torch.int64, device=device)
 
@@ -52,7 +52,7 @@ class Router:
 
     def place(self, placement: Placement, layers: range) -> None:
         """Take a placement over."""
-        self._holders = {layer: self._table(placement, layer) for layer in layers}
+        self.holders = {layer: self._table(placement, layer) for layer in layers}
 
     def _table(self, placement: Placement, layer: int) -> Tensor:
         """Shards of every expert, `[E, R]`; those with fewer replicas than R repeat theirs."""
@@ -131,7 +131,7 @@ class Router:
 
     def choose_shards(self, layer: int, routes: Routes) -> Tensor:
         """Shard index of every choice, `[T, K]`; replicas are used in turn."""
-        table_ER = self._holders[layer]
+        table_ER = self.holders[layer]
         if table_ER.shape[1] == 1:
             return table_ER[:, 0][routes.experts_TK]
         tokens, k = routes.experts_TK.shape

@@ -73,5 +73,5 @@ def test_there_is_no_mode_that_gives_determinism_up() -> None:
     data = {"model": {"path": "/m"}, "engine": {"deterministic": True}}
     assert Config.from_dict(data).engine.deterministic
     data["engine"]["deterministic"] = False
-    with pytest.raises(ConfigError, match="deterministic=false is no mode.*leave the key out"):
+    with pytest.raises(ConfigError, match=r"deterministic=false is no mode.*leave the key out"):
         Config.from_dict(data)

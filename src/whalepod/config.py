@@ -118,7 +118,6 @@ class Engine(Section):
         description="how entries are stored: in model.dtype, or FP8 with FP4 index keys as released",
     )
 
-
     @model_validator(mode="after")
     def _bits_are_kept(self) -> Engine:
         if not self.deterministic:
