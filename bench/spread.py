@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO, Any
 
 LIMIT_S = 240.0
@@ -20,7 +21,10 @@ class Child:
     """A process that reads and writes a JSON value a line."""
 
     def __init__(self, script: str, number: int, cuda: bool, *arguments: str) -> None:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        root = Path(__file__).parent.parent
+        path = [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+        env |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         if cuda:
             env["CUDA_VISIBLE_DEVICES"] = str(number)
         self.process = subprocess.Popen(
@@ -54,6 +58,16 @@ class Child:
             if value["kind"] == kind:
                 return value
 
+    def end(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(10)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+
     def _read(self, lines: IO[str]) -> None:
         for line in lines:
             if line.startswith("{"):
@@ -69,8 +83,7 @@ def children(script: str, count: int, cuda: bool, *arguments: str) -> Iterator[l
         yield made
     finally:
         for child in made:
-            child.process.kill()
-            child.process.wait()
+            child.end()
 
 
 def serve(obey: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:

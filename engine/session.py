@@ -106,7 +106,9 @@ class FirstStage:
             nonlocal plan
             if leads and stop.is_set():
                 return Announcement(stop=True)
-            plan = self.loop.plan(self.topology.micro_batches, self.topology.micro_batch_rows)
+            # Alone, there is nothing to wait for that another batch could fill.
+            most = 1 if seat.fabric.size == 1 else self.topology.micro_batches
+            plan = self.loop.plan(most, self.topology.micro_batch_rows)
             return _announce(plan, seat.fixed is not None)
 
         while True:
