@@ -149,7 +149,9 @@ def serve_shard_fixed(legs: FixedLegs, sizes: Sizes) -> None:
         if i + 1 < len(passes):
             come = come_to_shard(legs, sizes[passes[i + 1][1]])
             coming.append(legs.start(TAG_SHARD, come, legs.nothing, {}))
-        data, go = answer(legs, layer, sizes[m], coming.pop(0).take())
+        came = coming.pop(0).take()
+        _let_go(leaving, len(sizes))
+        data, go = answer(legs, layer, sizes[m], came)
         leaving.append(legs.start(TAG_HOME, {}, data, go))
     for leg in leaving:
         leg.take()
@@ -167,6 +169,7 @@ def serve_router_fixed(legs: FixedLegs, sizes: Sizes) -> None:
             of = {h: rows[legs.lanes.homes[0].index(h)] for h in homes}
             come = {home: form.to_router(count) for home, count in of.items()}
             came, parts, at = legs.start(TAG_ROUTER, come, legs.nothing, {}).take(), {}, 0
+            _let_go(leaving, len(sizes))
             for home, count in of.items():
                 parts[home] = form.split(came[at : at + come[home]], count, 1)
                 at += come[home]
@@ -179,6 +182,15 @@ def serve_router_fixed(legs: FixedLegs, sizes: Sizes) -> None:
             leaving.append(legs.start(TAG_SHARD, {}, data, go))
     for leg in leaving:
         leg.take()
+
+
+def _let_go(leaving: list[Leg], keep: int) -> None:
+    """Wait for what has surely arrived, so that its memory can be used again.
+
+    Homes sent the rows that just came after they had what was sent for them a layer ago.
+    """
+    while len(leaving) > keep:
+        leaving.pop(0).take()
 
 
 def _routes(legs: FixedLegs, replica: int, rows: Seq[int]) -> bool:

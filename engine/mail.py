@@ -15,6 +15,9 @@ from torch import Tensor
 from whalepod.cluster.fabric import Fabric, Work
 from whalepod.engine.legs import LANE_OF, Incoming, Outgoing, Place
 
+# Sizes and bytes of a leg for each of three micro-batches, twice.
+_KEPT = 12
+
 
 class Letter(Protocol):
     """A message that has been asked for."""
@@ -93,6 +96,9 @@ class Mail:
         work = self._fabric.all_to_all(lane, out, data, come, go)
         if not leg.asked:
             self._leaving += [words, work]
+            # So old a leg has arrived, or its homes could not have gone on; its memory is wanted.
+            while len(self._leaving) > _KEPT:
+                self._leaving.pop(0).wait()
             return
         work.wait()
         for rank, message in enumerate(out.split(come)):
