@@ -29,6 +29,7 @@ from whalepod.engine.session import (
     serve_shard,
 )
 from whalepod.engine.source import Source
+from whalepod.engine.warm import warm_router, warm_shard, warm_stage
 from whalepod.model.shape import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class Member:
         self.shard: ExpertShard | None = None
         self._first: FirstStage | None = None
         self._later: LaterStage | None = None
+        self._on_gpu = source.device.type == "cuda"
+        self._warm: set[str] = set()
 
     def open_attention(self, layers: range) -> None:
         """Load the attention side of `layers`, and open the queue if they start the model."""
@@ -75,6 +78,8 @@ class Member:
         log.info(memory_table(self.name, stage.weight_bytes, stage.cache, size, budget))
         if self.config.engine.cuda_graphs and DecodeGraphs.able(stage):
             stage.graphs = DecodeGraphs(stage)
+            most = engine.max_batch, engine.max_step_tokens
+            warm_stage(stage, *most, context_limit(self.config, self.model))
         if stage.head is not None or not layers.start:
             stage.grammars = self.source.grammars()
         if layers.start:
@@ -109,9 +114,15 @@ class Member:
         if "router" in seat.roles:
             self.router = self.router or self.source.router()
             self.router.load(self._routed_layers(lanes, seat.stage, seat.roles))
+            if self._on_gpu and "router" not in self._warm:
+                warm_router(self.router, self.config.engine.max_step_tokens)
+                self._warm.add("router")
         if "expert" in seat.roles:
             self.shard = self.shard or self.source.shard()
             self.shard.prepare(epoch.placement, self.name, self.model.layers)
+            if self._on_gpu and "expert" not in self._warm:
+                warm_shard(self.shard, self.config.engine.max_step_tokens)
+                self._warm.add("expert")
 
     def serve(self, epoch: Epoch, fabric: Fabric, stop: threading.Event) -> None:
         """Run this member's part of an epoch; returns at its orderly end. Raises EpochLost.
@@ -134,7 +145,7 @@ class Member:
         else:
             assert self.shard is not None
             serve_shard(self.shard, fabric, lanes, self._fixed(fabric, lanes, None))
-        if self.source.device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.synchronize(self.source.device)  # what a peer still waits for has left
 
     def _serve_attention(
