@@ -61,10 +61,10 @@ class Rank:
         out = torch.empty_like(data)
 
         def in_one_call() -> None:
-            fabric.all_to_all(1, out, data, sizes, sizes).wait()
+            fabric.all_to_all(0, out, data, sizes, sizes).wait()
 
         def grouped() -> None:
-            group = fabric._lanes[1]  # type: ignore[attr-defined]
+            group = fabric._lanes[0]  # type: ignore[attr-defined]
             group._start_coalescing()
             for peer, (mine, theirs) in enumerate(
                 zip(data.split(sizes), out.split(sizes), strict=True)
@@ -86,8 +86,8 @@ class Rank:
         )
 
         def both() -> None:
-            fabric.all_to_all(2, a[0], a[1], [there for _ in peers], [there for _ in peers]).wait()
-            fabric.all_to_all(3, b[0], b[1], [back for _ in peers], [back for _ in peers]).wait()
+            fabric.all_to_all(1, a[0], a[1], [there for _ in peers], [there for _ in peers]).wait()
+            fabric.all_to_all(2, b[0], b[1], [back for _ in peers], [back for _ in peers]).wait()
 
         return self._timed(fabric, both, graph=True)
 

@@ -19,7 +19,7 @@ from whalepod.errors import EpochLost
 
 __all__ = ["LANES", "Fabric", "TorchFabric", "Work", "exchange"]
 
-LANES = 4
+LANES = 3
 
 
 class Fabric(Protocol):

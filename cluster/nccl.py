@@ -177,6 +177,8 @@ def open_lanes(stores: Sequence[object], rank: int, size: int) -> list[object]:
         )
     # Otherwise a thread of torch's ends the whole process when a communicator is aborted.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    # Nothing here is reduced on the way; setting NVLink's multicast up would cost memory and time.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     made = [group_class(store, rank, size, group_class.Options()) for store in stores]
     ones = [1] * size
     data = torch.zeros(size, dtype=torch.uint8, device="cuda")

@@ -19,7 +19,7 @@ from whalepod.errors import EpochLost
 HEADER_BYTES = 16
 TAG_HEADER, TAG_ROUTER, TAG_SHARD, TAG_HOME, TAG_STAGE, TAG_TOKENS = range(1, 7)
 # Where messages of a leg travel in one call, each leg has a lane.
-LANE_OF = {TAG_ROUTER: 1, TAG_SHARD: 2, TAG_HOME: 3}
+LANE_OF = {TAG_ROUTER: 0, TAG_SHARD: 1, TAG_HOME: 2}
 # A message that may be larger than this is preceded by its size, so that the receiver need not
 # set the largest possible room aside; smaller ones come alone, for latency.
 SIZED_BYTES = 4 << 20

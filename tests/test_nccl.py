@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
 from whalepod.cluster import rendezvous
-from whalepod.cluster.fabric import TorchFabric
+from whalepod.cluster.fabric import LANES, TorchFabric
 from whalepod.cluster.nccl import NcclFabric, open_lanes
 from whalepod.cluster.rendezvous import Rendezvous, connect
 from whalepod.errors import ConfigError, EpochLost
@@ -58,7 +58,7 @@ def fabric(address: tuple[str, int], rank: int, names: list[str], deadline_s: fl
     group = rendezvous._gloo(store, rank, len(names), "127.0.0.1", 20)
     pulse = rendezvous._gloo(PrefixStore("p", store), rank, len(names), "127.0.0.1", 1e6)
     control = TorchFabric(group, rank, names, 1)
-    return NcclFabric([Lane() for _ in range(5)], control, pulse, deadline_s)
+    return NcclFabric([Lane() for _ in range(LANES + 1)], control, pulse, deadline_s)
 
 
 @contextmanager
@@ -87,15 +87,15 @@ def aborted(one: NcclFabric) -> bool:
 
 def exchange(one: NcclFabric) -> None:
     empty = torch.empty(0, dtype=torch.uint8)
-    one.all_to_all(2, empty, empty, [0, 0, 0], [0, 0, 0]).wait()
+    one.all_to_all(1, empty, empty, [0, 0, 0], [0, 0, 0]).wait()
 
 
 def test_a_lane_takes_sizes_by_rank_and_single_messages_have_one_of_their_own() -> None:
     with fabrics() as (a, _, _):
-        a.all_to_all(2, torch.zeros(3), torch.zeros(1), [0, 1, 2], [0, 0, 1]).wait()
+        a.all_to_all(1, torch.zeros(3), torch.zeros(1), [0, 1, 2], [0, 0, 1]).wait()
         a.send(torch.zeros(1), 1, 5).wait()
         assert [lane.calls for lane in a._lanes] == [  # type: ignore[attr-defined]
-            *([], [], [([0, 1, 2], [0, 0, 1])], [], [])
+            *([], [([0, 1, 2], [0, 0, 1])], [], [])
         ]
         assert a.together
         assert not a.control.together
