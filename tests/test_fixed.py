@@ -109,6 +109,7 @@ def test_steps_of_fixed_sizes_change_no_bit(
     assert max(fixed_steps) >= 4
 
 
+@pytest.mark.slow
 def test_experts_on_several_shards_change_no_bit(
     tiny: Path, alone: Output, fixed_steps: list[int]
 ) -> None:

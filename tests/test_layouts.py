@@ -102,6 +102,7 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> list[StrictFabric]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_legs_that_travel_in_one_call_change_no_bit(
     name: str, tiny: Path, alone: Output, strict: list[StrictFabric]
