@@ -34,7 +34,7 @@ test: $(VENV)/ready check  ## everything that runs without a GPU
 	$(BIN)/python -m pytest -q -m "ray"
 	$(MAKE) --no-print-directory test-netns
 
-test-quick: $(VENV)/ready  ## under a minute
+test-quick: $(VENV)/ready  ## two to three minutes
 	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu and not multigpu and not helm and not netns and not triton"
 
 test-ray: $(VENV)/ready

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
@@ -14,6 +15,8 @@ from whalepod.errors import ConfigError, EpochLost
 
 # A pulse is waited for as long as an epoch lasts.
 _FOR_EVER_S = 10 * 365 * 86400.0
+# Longest that communicators may take, on many nodes too.
+_NCCL_S = 60.0
 
 
 class Rendezvous:
@@ -65,12 +68,33 @@ def connect(
         if backend == "gloo":
             return fabric
         stores = [PrefixStore(f"lane/{lane}", keyed) for lane in range(LANES + 1)]
-        lanes = open_lanes(stores, rank, len(names))
+        # Who waits in NCCL for a member that died on its way there waits for ever.
+        lanes = _within(_NCCL_S, lambda: open_lanes(stores, rank, len(names)))
         pulse = _gloo(PrefixStore("pulse", keyed), rank, len(names), host, _FOR_EVER_S)
         return NcclFabric(lanes, fabric, pulse, deadline_s)
     except RuntimeError as error:
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EpochLost(epoch, [], f"rendezvous at {address}: {detail[:160]}") from None
+
+
+def _within(limit_s: float, work: Callable[[], list[object]]) -> list[object]:
+    """What `work` returns or raises, in a thread that is left alone after a while. Raises RuntimeError."""
+    done: list[list[object] | Exception] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except Exception as error:
+            done.append(error)
+
+    thread = threading.Thread(target=run, name="nccl", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if not done:
+        raise RuntimeError(f"NCCL's communicators were not there within {limit_s:g} s")
+    if isinstance(done[0], Exception):
+        raise done[0]
+    return done[0]
 
 
 def _gloo(store: PrefixStore, rank: int, size: int, host: str, deadline_s: float) -> object:

@@ -186,3 +186,17 @@ def test_without_a_gpu_nccl_is_refused() -> None:
         connect(
             *(1, 0, ["a"]), address=meeting.address, backend="nccl", host="127.0.0.1", deadline_s=5
         )
+
+
+def test_a_communicator_that_never_comes_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    never = threading.Event()
+    monkeypatch.setattr(rendezvous, "_NCCL_S", 0.2)
+    monkeypatch.setattr(rendezvous, "open_lanes", lambda *_: never.wait(30))
+    meeting = Rendezvous("127.0.0.1")
+    with pytest.raises(EpochLost, match=r"were not there within 0\.2 s"):
+        connect(
+            *(1, 0, ["a"]), address=meeting.address, backend="nccl", host="127.0.0.1", deadline_s=5
+        )
+    never.set()
