@@ -13,7 +13,7 @@ from torch import Tensor
 
 from whalepod.kernels.compiled import compiled, entry, runs
 from whalepod.kernels.experts import Matrices, run_pairs
-from whalepod.kernels.linear_cpu import multiply, packed, plain
+from whalepod.kernels.linear_cpu import COLUMNS, multiply, packed, plain
 from whalepod.kernels.simd import (
     LANES,
     add,
@@ -70,6 +70,7 @@ def _run(
     up_room = x_room + _ROWS * width * 4
     inner_room = up_room + _ROWS * inner * 8
     weight_room = inner_room + _ROWS * inner * 4
+    wide_room = weight_room + _ROWS * 4
     for e in range(distinct):
         expert = get_int(table + e * 40)
         count = 0
@@ -85,9 +86,31 @@ def _run(
                 put(weight_room + m * 4, get(weights + n * 4))
             up, down = get_int(table + e * 40 + 8), get_int(table + e * 40 + 24)
             up_size, down_size = get_int(table + e * 40 + 16), get_int(table + e * 40 + 32)
-            multiply(x_room, width * 4, up, up_size, width, up_room, inner * 8, rows, 2 * inner)
+            multiply(
+                x_room,
+                width * 4,
+                up,
+                up_size,
+                width,
+                up_room,
+                inner * 8,
+                rows,
+                2 * inner,
+                wide_room,
+            )
             activate(up_room, inner_room, rows, inner, limit, weight_room)
-            multiply(inner_room, inner * 4, down, down_size, inner, x_room, width * 4, rows, width)
+            multiply(
+                inner_room,
+                inner * 4,
+                down,
+                down_size,
+                inner,
+                x_room,
+                width * 4,
+                rows,
+                width,
+                wide_room,
+            )
             for m in range(rows):
                 n = get_int(order + (first + m) * 8)
                 copy_row(x_room + m * width * 4, y + n * width * 4, width)
@@ -121,7 +144,8 @@ def _run_pairs(
     pairs = experts.shape[0]
     rows = np.array([(e, *_row(table[e])) for e in distinct], dtype=np.int64)
     order = torch.empty(pairs, dtype=torch.int64)
-    room, y = torch.empty(_ROWS * (width + 3 * inner + 1)), torch.empty(pairs, width)
+    wide = max(width, inner) * COLUMNS * LANES
+    room, y = torch.empty(_ROWS * (width + 3 * inner + 1) + wide), torch.empty(pairs, width)
     _run(
         *(x.data_ptr(), width * 4, share, experts.data_ptr(), weights.data_ptr(), pairs),
         *(rows.ctypes.data, len(distinct), width, inner, limit, order.data_ptr()),

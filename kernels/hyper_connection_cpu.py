@@ -67,7 +67,7 @@ def _doubly(logits, iters, eps):
 @entry("eps", "norm_eps")
 def _pre(x, fn, size, base, scales, norm, iters, eps, norm_eps, rows, width, mixes, y, post, comb):
     streams = _STREAMS * width
-    multiply(x, streams * 4, fn, size, streams, mixes, _MIXES * 4, rows, _MIXES)
+    multiply(x, streams * 4, fn, size, streams, mixes, _MIXES * 4, rows, _MIXES, 0)
     one, small = splat(_ONE), splat(np.float32(eps))
     for t in range(rows):
         x_t, m, y_t = x + t * streams * 4, mixes + t * _MIXES * 4, y + t * width * 4
@@ -117,7 +117,7 @@ def _hc_pre(
 def _head(x, fn, size, base, scales, eps, norm_eps, rows, width, mixes, y):
     """`mixes` has room for 16 numbers beyond those of the rows."""
     streams = _STREAMS * width
-    multiply(x, streams * 4, fn, size, streams, mixes, _STREAMS * 4, rows, _STREAMS)
+    multiply(x, streams * 4, fn, size, streams, mixes, _STREAMS * 4, rows, _STREAMS, 0)
     one, small, room = splat(_ONE), splat(np.float32(eps)), mixes + rows * _STREAMS * 4
     for t in range(rows):
         x_t, y_t = x + t * streams * 4, y + t * width * 4

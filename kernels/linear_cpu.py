@@ -17,52 +17,75 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whalepod.kernels.compiled import entry, features, runs
+from whalepod.kernels.compiled import compiled, entry, features, runs
 from whalepod.kernels.linear import grouped_linear, linear
-from whalepod.kernels.simd import LANES
+from whalepod.kernels.simd import LANES, load_bf16, load_e5m2, store
 from whalepod.kernels.tiles import sweep
 
 # Sums of a tile stay in registers: 32 of 512 bits, or 16 of 256 bits, which are half a vector.
 _WIDE = "avx512f" in features()
 COLUMNS = 4 if _WIDE else 1
-_ROWS, _THIN_ROWS = ((6, 4, 2, 1), (8, 4, 2, 1)) if _WIDE else ((4, 2, 1), (4, 2, 1))
+_ROWS, _THIN_ROWS = ((6, 4, 2, 1), (12, 8, 4, 2, 1)) if _WIDE else ((4, 2, 1), (4, 2, 1))
 _STEP = LANES * COLUMNS
 _wide1, _wide2, _wide4 = (sweep(_ROWS, COLUMNS, size) for size in (1, 2, 4))
 _pair1, _pair2, _pair4 = (sweep(_THIN_ROWS, 2, size) for size in (1, 2, 4))
 _thin1, _thin2, _thin4 = (sweep(_THIN_ROWS, 1, size) for size in (1, 2, 4))
 
 
+# Narrow weights are widened for every tile of rows: from `_MANY` rows on, tiles of more rows and fewer
+# columns make that cheaper, and from `WIDENED_ROWS` on they are widened once, into memory.
+_MANY, WIDENED_ROWS = (8, 24) if _WIDE else (1 << 60, 8)
+
+
+@compiled
+def widen(w, size, numbers, room):
+    """Write panels as fp32."""
+    for i in range(0, numbers, LANES):
+        if size == 1:
+            store(room + i * 4, load_e5m2(w + i))
+        else:
+            store(room + i * 4, load_bf16(w + i * 2))
+
+
 @entry()
-def multiply(x, x_step, w, size, inputs, y, y_step, rows, outputs):
-    """`y = x W` for addresses of rows, of panels (`size` bytes a weight) and of results."""
+def multiply(x, x_step, w, size, inputs, y, y_step, rows, outputs, room):
+    """`y = x W` for addresses of rows, of panels (`size` bytes a weight), of results and of room.
+
+    `room` takes `inputs * COLUMNS * LANES` numbers; with 0 nothing is widened beforehand.
+    """
     step = inputs * LANES * size
+    once = size != 4 and room and rows >= WIDENED_ROWS
+    few = size != 4 and not once and rows >= _MANY
     n = 0
     while n < outputs:
         at, to, left = w + n // LANES * step, y + n * 4, outputs - n
-        if left > _STEP - LANES:
-            if size == 1:
-                _wide1(x, x_step, at, step, inputs, to, y_step, rows, left)
-            elif size == 2:
-                _wide2(x, x_step, at, step, inputs, to, y_step, rows, left)
+        some = COLUMNS if left > _STEP - LANES and not few else 2 if left > LANES else 1
+        of, apart = size, step
+        if once:
+            widen(at, size, some * inputs * LANES, room)
+            at, of, apart = room, 4, inputs * LANES * 4
+        if some == COLUMNS:
+            if of == 1:
+                _wide1(x, x_step, at, apart, inputs, to, y_step, rows, left)
+            elif of == 2:
+                _wide2(x, x_step, at, apart, inputs, to, y_step, rows, left)
             else:
-                _wide4(x, x_step, at, step, inputs, to, y_step, rows, left)
-            n += _STEP
-        elif left > LANES:
-            if size == 1:
-                _pair1(x, x_step, at, step, inputs, to, y_step, rows, left)
-            elif size == 2:
-                _pair2(x, x_step, at, step, inputs, to, y_step, rows, left)
+                _wide4(x, x_step, at, apart, inputs, to, y_step, rows, left)
+        elif some == 2:
+            if of == 1:
+                _pair1(x, x_step, at, apart, inputs, to, y_step, rows, left)
+            elif of == 2:
+                _pair2(x, x_step, at, apart, inputs, to, y_step, rows, left)
             else:
-                _pair4(x, x_step, at, step, inputs, to, y_step, rows, left)
-            n += 2 * LANES
+                _pair4(x, x_step, at, apart, inputs, to, y_step, rows, left)
         else:
-            if size == 1:
-                _thin1(x, x_step, at, step, inputs, to, y_step, rows, left)
-            elif size == 2:
-                _thin2(x, x_step, at, step, inputs, to, y_step, rows, left)
+            if of == 1:
+                _thin1(x, x_step, at, apart, inputs, to, y_step, rows, left)
+            elif of == 2:
+                _thin2(x, x_step, at, apart, inputs, to, y_step, rows, left)
             else:
-                _thin4(x, x_step, at, step, inputs, to, y_step, rows, left)
-            n += LANES
+                _thin4(x, x_step, at, apart, inputs, to, y_step, rows, left)
+        n += some * LANES
 
 
 _FP32 = torch.float32
@@ -107,6 +130,13 @@ def plain(*tensors: Tensor) -> bool:
     return True
 
 
+def room_for(w: Packed, inputs: int, rows: int) -> Tensor | None:
+    """Room to widen the panels of a tile's columns in, where that is done."""
+    if w.size == 4 or rows < WIDENED_ROWS:
+        return None
+    return torch.empty(inputs * _STEP)
+
+
 @linear.twin("compiled", runs)
 def _linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     if not plain(x_MK, weight_NK):
@@ -116,6 +146,7 @@ def _linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     (rows, inputs), outputs, w = x_MK.shape, weight_NK.shape[0], packed(weight_NK)
     y_MN = torch.empty(rows, outputs)
     x_step = x_MK.stride(0) * 4
+    room = room_for(w, inputs, rows)
     multiply(
         x_MK.data_ptr(),
         x_step,
@@ -126,6 +157,7 @@ def _linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
         outputs * 4,
         rows,
         outputs,
+        0 if room is None else room.data_ptr(),
     )
     return y_MN
 
@@ -139,10 +171,12 @@ def _grouped_linear(x_MGK: Tensor, weight_GNK: Tensor) -> Tensor:
     (rows, groups, inputs), outputs = x_MGK.shape, weight_GNK.shape[1]
     w, y = packed(weight_GNK), torch.empty(rows, groups * outputs)
     panels = -(-outputs // LANES) * LANES * inputs * w.size
+    room = room_for(w, inputs, rows)
+    place = 0 if room is None else room.data_ptr()
     for g in range(groups):
         multiply(
             *(x_MGK.data_ptr() + g * x_MGK.stride(1) * 4, x_MGK.stride(0) * 4),
             *(w.address + g * panels, w.size, inputs),
-            *(y.data_ptr() + g * outputs * 4, groups * outputs * 4, rows, outputs),
+            *(y.data_ptr() + g * outputs * 4, groups * outputs * 4, rows, outputs, place),
         )
     return y

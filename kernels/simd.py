@@ -154,6 +154,7 @@ def _three(result: Any, a_type: Any, b_type: Any, c_type: Any) -> Callable[[Emit
 
 load = _one(vector, types.int64)(load_code)
 load_bf16 = _one(vector, types.int64)(load_bf16_code)
+load_e5m2 = _one(vector, types.int64)(load_e5m2_code)
 splat = _one(vector, types.float32)(splat_code)
 fma = _three(vector, vector, vector, vector)(fma_code)
 add = _two(vector, vector, vector)(lambda b, x, y: b.fadd(x, y))

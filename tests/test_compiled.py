@@ -139,6 +139,15 @@ def test_products(size: tuple[int, int], make: Callable[..., Tensor]) -> None:
     check(linear, [random(11, size[1], seed=1)], [make(*size)], 1e-4)
 
 
+@pytest.mark.parametrize("make", [random, on_grid, on_small_grid])
+@pytest.mark.parametrize("rows", [7, 8, 23, 24, 70])
+def test_widened_or_not_a_row_keeps_its_bits(rows: int, make: Callable[..., Tensor]) -> None:
+    weight, x = make(200, 64), random(rows, 64, seed=1)
+    alone = torch.cat([linear(x[i : i + 1], weight) for i in range(rows)])
+    assert torch.equal(linear(x, weight), alone)
+    torch.testing.assert_close(alone, x @ weight.t(), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 5])
 def test_grouped_products(groups: int) -> None:
     check(grouped_linear, [random(11, groups, 96, seed=1)], [random(groups, 40, 96)], 1e-4)
