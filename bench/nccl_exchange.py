@@ -23,7 +23,7 @@ from bench.spread import children, serve
 
 from whalepod.cluster.fabric import Fabric
 from whalepod.cluster.rendezvous import Rendezvous, connect
-from whalepod.engine.fixed import Form
+from whalepod.engine.fixed import FixedForm
 
 SIZES = (14 << 10, 112 << 10, 1 << 20, 16 << 20)
 TOKENS = (16, 128)
@@ -78,7 +78,7 @@ class Rank:
 
     def legs(self, fabric: Fabric, tokens: int, way: str) -> float:
         """Seconds of the legs of one pass in which every rank brings `tokens` rows."""
-        form, peers = Form(7168, torch.bfloat16, 6), range(fabric.size)
+        form, peers = FixedForm(7168, torch.bfloat16, 6), range(fabric.size)
         there, back = form.to_shard(tokens), form.to_home(tokens)
         a, b = (
             [torch.zeros(n * fabric.size, dtype=torch.uint8, device=self.device) for _ in range(2)]
@@ -152,7 +152,7 @@ def main() -> None:
                 rate = size * (count - 1) / min(took) / 1e3
                 told = " | ".join(f"{t:.1f}" for t in took)
                 print(f"| {count} | {size:,} | {told} | {rate:.1f} |", flush=True)
-            form = Form(7168, torch.bfloat16, 6)
+            form = FixedForm(7168, torch.bfloat16, 6)
             for tokens in TOKENS:
                 us = max(a["us"] for a in all_of("took", do="legs", amount=tokens))
                 out = (form.to_shard(tokens) + form.to_home(tokens)) * (count - 1)

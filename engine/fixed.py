@@ -41,7 +41,7 @@ def fixed_sizes(announced: dict[int, Announcement]) -> Sizes | None:
 
 
 @dataclass(slots=True)
-class Form:
+class FixedForm:
     """Bytes of messages."""
 
     width: int
@@ -94,7 +94,7 @@ class FixedLegs:
     replica: int | None = None
     router: Router | None = None
     shard: ExpertShard | None = None
-    form: Form = field(init=False)
+    form: FixedForm = field(init=False)
     shard_S: Tensor = field(init=False)
     seal: Tensor = field(init=False)
     fault: Tensor = field(init=False)
@@ -102,7 +102,7 @@ class FixedLegs:
 
     def __post_init__(self) -> None:
         """Put what graphs read and write where it stays."""
-        self.form = Form(self.config.hidden_size, self.dtype, self.config.num_experts_per_tok)
+        self.form = FixedForm(self.config.hidden_size, self.dtype, self.config.num_experts_per_tok)
         number = {rank: i for i, rank in enumerate(self.lanes.shards)}
         # Messages lie in the order of ranks, tables hold the numbers of shards.
         order = [number[rank] for rank in sorted(number)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from whalepod.cluster.local_fabric import local_fabrics
 from whalepod.config import Config
 from whalepod.engine import fixed_passes, session
-from whalepod.engine.fixed import Form, fixed_sizes
+from whalepod.engine.fixed import FixedForm, fixed_sizes
 from whalepod.engine.graph import Captures, DecodeGraphs
 from whalepod.engine.lanes import Announcement
 from whalepod.engine.local import ThreadedEngine, open_engine
@@ -150,7 +150,7 @@ def test_sizes_follow_from_the_header() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parts_of_a_message_fill_it(dtype: torch.dtype) -> None:
-    form = Form(width=24, dtype=dtype, k=3)
+    form = FixedForm(width=24, dtype=dtype, k=3)
     message = torch.zeros(2, form.to_shard(5), dtype=torch.uint8)
     for part in form.split(message, 5, 3, 3):
         part.view(torch.int16 if dtype == torch.bfloat16 else torch.int32).fill_(-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from twins import DEVICE, random, twin
 
-from whalepod.engine.fixed import Form
+from whalepod.engine.fixed import FixedForm
 from whalepod.kernels.hand_out import hand_out, sum_of_shards
 
 # Tokens, experts a token, experts, shards, replicas, width.
@@ -32,7 +32,7 @@ def given(tokens: int, k: int, experts: int, shards: int, replicas: int, width: 
     return Given(random(tokens, width), chosen, random(tokens, k), held, order)
 
 
-def messages(some: Given, form: Form) -> tuple[Tensor, list[Tensor]]:
+def messages(some: Given, form: FixedForm) -> tuple[Tensor, list[Tensor]]:
     """Poisoned messages, and their parts."""
     tokens, k = some.experts.shape
     size = form.to_shard(tokens)
@@ -45,7 +45,7 @@ def check(run: object, case: tuple[int, ...], kind: torch.dtype, first: int) -> 
     some = given(*case)
     some = some._replace(x=some.x.to(kind))
     tokens, k, experts, _, replicas, width = case
-    wide, (out, ids, bits, seal) = messages(some, Form(width, kind, k))
+    wide, (out, ids, bits, seal) = messages(some, FixedForm(width, kind, k))
     seal.fill_(7)
     counts = torch.arange(experts, device=DEVICE)
     run(*some, first, out, ids, bits, counts)  # type: ignore[operator]
@@ -79,7 +79,7 @@ def test_the_twin_writes_the_same_messages(case: tuple[int, ...], kind: torch.dt
 def answers(case: tuple[int, ...], kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """What shards send back, in messages with other things behind, and the sums."""
     tokens, k, experts, shards, _, width = case
-    form = Form(width, kind, k)
+    form = FixedForm(width, kind, k)
     size = form.to_home(tokens)
     wide = torch.zeros(shards, size + 32, dtype=torch.uint8, device=DEVICE)
     back, ids, _ = form.split(wide[:, :size], tokens * k, 1)
