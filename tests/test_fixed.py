@@ -66,6 +66,8 @@ def fixed_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(session, "run_fixed", counted)
     monkeypatch.setattr("whalepod.engine.local.local_fabrics", fabrics)
     monkeypatch.setattr("whalepod.engine.member.DecodeGraphs", Uncaptured)
+    # Nothing is compiled here (test_warm.py has that).
+    monkeypatch.setattr("whalepod.engine.member.warm_stage", lambda *_: None)
     return seen
 
 
