@@ -1,8 +1,8 @@
 """The fabric between GPUs: NCCL for rows, gloo beside it for words of the host and signs of life.
 
 A kernel of NCCL that waits for a peer waits for ever, and tells nobody when the peer dies. So every
-member listens to the next one's pulse, a receive over gloo that is never answered: it fails within
-milliseconds of that process's end, and is answered when that member leaves. Either way the communicators
+member listens to the next one's pulse, a receive over gloo that is never answered: it fails when
+that process ends, and is answered when that member leaves. Either way the communicators
 are aborted, which ends their kernels and wakes the host; what those left behind is not used, because
 `check` raises from then on.
 

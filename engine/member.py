@@ -76,8 +76,8 @@ class Member:
         size = activation_bytes(self.model, engine.max_step_tokens, stage.dtype.itemsize)
         budget = engine.memory_gib
         log.info(memory_table(self.name, stage.weight_bytes, stage.cache, size, budget))
-        if self.config.engine.cuda_graphs and DecodeGraphs.able(stage):
-            stage.graphs = DecodeGraphs(stage)
+        if DecodeGraphs.able(stage):
+            stage.graphs = DecodeGraphs(stage) if engine.cuda_graphs else None
             most = engine.max_batch, engine.max_step_tokens
             warm_stage(stage, *most, context_limit(self.config, self.model))
         if stage.head is not None or not layers.start:

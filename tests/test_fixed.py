@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from strict_fabric import StrictFabric
-from test_layouts import requests
+from test_layouts import Output, drawn, requests
 from torch import Tensor
 
 from whalepod.cluster.local_fabric import local_fabrics
@@ -18,7 +18,7 @@ from whalepod.engine import fixed_passes, session
 from whalepod.engine.fixed import FixedForm, fixed_sizes
 from whalepod.engine.graph import Captures, DecodeGraphs
 from whalepod.engine.lanes import Announcement
-from whalepod.engine.local import ThreadedEngine, open_engine
+from whalepod.engine.local import SingleEngine, ThreadedEngine, open_engine
 from whalepod.engine.source import Source
 from whalepod.errors import EpochLost
 from whalepod.model.checkpoint import Checkpoint
@@ -36,7 +36,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "afd 2+2+2": {"attention": 2, "routers": 2, "experts": 2},
     "afd 3+2+2": {"attention": 3, "routers": 2, "experts": 2},
 }
-Output = dict[str, list[tuple[int, float]]]
 
 
 class Uncaptured(DecodeGraphs):
@@ -81,19 +80,13 @@ def run(tiny: Path, topology: dict[str, Any], replicas: int = 0) -> Output:
         }
     )
     source = Source(config.model, Checkpoint.open(tiny), packed=True)
-    out: Output = {}
-    with torch.inference_mode():
-        engine = (
-            ThreadedEngine(config, source, replicas=replicas)
-            if replicas
-            else open_engine(config, source)
-        )
-        try:
-            for event in engine.run(requests(1024, 8, 12)):
-                out.setdefault(event.request_id, []).append((event.token, event.logprob))
-        finally:
-            engine.close()
-    return out
+
+    def engine() -> SingleEngine | ThreadedEngine:
+        if replicas:
+            return ThreadedEngine(config, source, replicas=replicas)
+        return open_engine(config, source)
+
+    return drawn(engine, requests(1024, 8, 12))
 
 
 @pytest.fixture(scope="module")

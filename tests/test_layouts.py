@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from strict_fabric import StrictFabric
 
 from whalepod.cluster.local_fabric import local_fabrics
 from whalepod.config import Config
-from whalepod.engine.local import ThreadedEngine, open_engine
+from whalepod.engine.local import SingleEngine, ThreadedEngine, open_engine
 from whalepod.engine.request import Request, Sampling
 from whalepod.engine.source import Source
 from whalepod.model.checkpoint import Checkpoint
@@ -60,9 +61,15 @@ def run(tiny: Path, topology: dict[str, Any], todo: list[Request], **model: Any)
             "engine": {"max_step_tokens": 2048, "max_batch": 16},
         }
     )
+    source = Source(config.model, Checkpoint.open(tiny))
+    return drawn(lambda: open_engine(config, source), todo)
+
+
+def drawn(open_it: Callable[[], SingleEngine | ThreadedEngine], todo: list[Request]) -> Output:
+    """What an engine draws, by request."""
     out: Output = {}
     with torch.inference_mode():
-        engine = open_engine(config, Source(config.model, Checkpoint.open(tiny)))
+        engine = open_it()
         try:
             for event in engine.run(todo):
                 out.setdefault(event.request_id, []).append((event.token, event.logprob))
@@ -158,12 +165,6 @@ def test_replicas_of_experts_change_no_bit(tiny: Path, alone: Output) -> None:
             "engine": {"max_step_tokens": 2048, "max_batch": 16},
         }
     )
-    out: Output = {}
-    with torch.inference_mode():
-        engine = ThreadedEngine(config, Source(config.model, Checkpoint.open(tiny)), replicas=1)
-        try:
-            for event in engine.run(requests(1024, 8, 12)):
-                out.setdefault(event.request_id, []).append((event.token, event.logprob))
-        finally:
-            engine.close()
-    assert out == alone
+    source = Source(config.model, Checkpoint.open(tiny))
+    todo = requests(1024, 8, 12)
+    assert drawn(lambda: ThreadedEngine(config, source, replicas=1), todo) == alone
