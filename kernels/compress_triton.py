@@ -29,10 +29,26 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 @jit
-def _pool(values, logits):
-    """Gated softmax over the first dim of `[J, channels]`; -inf marks what is absent."""
+def _sum(x, J: tl.constexpr, COLS: tl.constexpr):
+    """Sum the first dim of `[J, COLS]`, halves first: `tl.sum` adds as its operand happens to lie."""
+    rest: tl.constexpr = J
+    for level in tl.static_range(8):
+        if (rest >> level) > 1:
+            a, b = tl.split(tl.permute(tl.reshape(x, (2, rest >> (level + 1), COLS)), (1, 2, 0)))
+            x = a + b
+    return tl.reshape(x, (COLS,))
+
+
+@jit
+def _pool(values, logits, J: tl.constexpr, COLS: tl.constexpr):
+    """Gated softmax over the first dim of `[J, COLS]`; -inf marks what is absent.
+
+    The bits are the same in both kernels: a product that were left to be joined with the sum that
+    follows would be rounded in one and not in the other.
+    """
     weight = tl.exp(logits - tl.max(logits, 0)[None, :])
-    return tl.sum(weight * values, 0) / tl.sum(weight, 0)
+    product = tl.fma(weight, values, tl.zeros((J, COLS), tl.float32))
+    return _sum(product, J, COLS) / _sum(weight, J, COLS)
 
 
 @jit
@@ -45,18 +61,17 @@ def _finish(
 ):  # fmt: skip
     """Norm, rotation, rounding and storing of one entry, once all its parts are there."""
     d, one = tl.arange(0, WIDTH)[None, :], tl.arange(0, 1)
+    channel = part * WINDOW_COLS + tl.arange(0, WINDOW_COLS)
+    tl.store(pools + key * D + channel, pooled, mask=channel < D)
+    tl.debug_barrier()
     last = True
     if PARTS > 1:
-        channel = part * WINDOW_COLS + tl.arange(0, WINDOW_COLS)
-        tl.store(pools + key * D + channel, pooled, mask=channel < D)
-        tl.debug_barrier()
         last = tl.atomic_add(counters + key, 1, sem="acq_rel") == PARTS - 1
     if last:
+        # Read back where there is one part as well: so it lies, and the norm adds, as in the other kernel.
+        value = tl.load(pools + key * D + d, mask=d < D, other=0.0, cache_modifier=".cg")
         if PARTS > 1:
-            value = tl.load(pools + key * D + d, mask=d < D, other=0.0, cache_modifier=".cg")
             tl.store(counters + key, 0)
-        else:
-            value = tl.where(d < D, tl.reshape(pooled, (1, WIDTH)), 0.0)
         value = normed(rounded(value, KIND, CUTS).to(tl.float32), D, EPS)
         value = value * tl.load(norm + d, mask=d < D, other=0.0)
         value = rounded(value, KIND, CUTS).to(tl.float32)
@@ -108,8 +123,9 @@ def decode_kernel(
         values = tl.load(where, mask=there, other=0.0)
         logits = tl.load(where + C, mask=there, other=float("-inf"))
         pooled = _pool(
-            tl.where(mine, value[None, :], values), tl.where(mine, logit[None, :], logits)
-        )
+            tl.where(mine, value[None, :], values), tl.where(mine, logit[None, :], logits),
+            J, WINDOW_COLS,
+        )  # fmt: skip
         number = position // RATIO
         row = tl.load(blocks + n) * PER + number % PER
         _finish(
@@ -153,7 +169,7 @@ def chunk_kernel(
         logits = tl.maximum(logits, tl.load(ring + C, mask=old, other=float("-inf")))
         logits = tl.where(kept, logits, 0.0)
         _finish(
-            _pool(values, logits), part, counters, made.to(tl.int64), norm,
+            _pool(values, logits, J, WINDOW_COLS), part, counters, made.to(tl.int64), norm,
             turns + made.to(tl.int64) * (2 * PAIRS), tl.load(flat + made), EPS, PARTS, WINDOW_COLS,
             dense, data, wide, STRIDE, COUNT, DATA, SCALES, D, PAIRS, ROUNDING, PAGED, KIND, FACTOR,
             CUTS, WIDTH, pools,
@@ -177,10 +193,10 @@ def _shared(rows: Tensor, how: Pooling, storage: Storage, pairs: int, many: int)
     cols = min(spread["WIDTH"], max(32, _TILE // slots))
     parts = triton.cdiv(spread["WIDTH"], cols)
     return spread | {
-        "pools": rows.new_empty(many if parts > 1 else 0, size),
+        "pools": rows.new_empty(many, size),
         "counters": _zeros(rows.device, many) if parts > 1 else None,
         "RATIO": how.ratio,
-        "J": slots,
+        "J": slots,  # a power of two
         "EPS": how.eps,
         "PARTS": parts,
         "WINDOW_COLS": cols,
