@@ -143,11 +143,15 @@ def come_to_shard(legs: FixedLegs, rows: Seq[int]) -> dict[int, int]:
 def serve_shard_fixed(legs: FixedLegs, sizes: Sizes) -> None:
     """Serve every pass of one step, as a shard of its own."""
     passes = [(layer, m) for layer in legs.lanes.stage_layers[0] for m in range(len(sizes))]
-    coming = [legs.start(TAG_SHARD, come_to_shard(legs, sizes[passes[0][1]]), legs.nothing, {})]
+    # A GPU that runs a kernel for the first time may stop for it until all others have ended. One that
+    # waits for the next rows while this pass has yet to be answered would never end, so that rows are
+    # asked for ahead only in a graph: what it holds has run before.
+    ahead = 1 if legs.device.type == "cpu" or torch.cuda.is_current_stream_capturing() else 0
+    coming: list[Leg] = []
     leaving: list[Leg] = []
     for i, (layer, m) in enumerate(passes):
-        if i + 1 < len(passes):
-            come = come_to_shard(legs, sizes[passes[i + 1][1]])
+        for _, next_m in passes[i + len(coming) : i + 1 + ahead]:
+            come = come_to_shard(legs, sizes[next_m])
             coming.append(legs.start(TAG_SHARD, come, legs.nothing, {}))
         came = coming.pop(0).take()
         _let_go(leaving, len(sizes))
