@@ -24,19 +24,20 @@ from whalepod.errors import EpochLost
 from whalepod.model.checkpoint import Checkpoint
 from whalepod.model.shape import ModelConfig
 
-LAYERS = 8
 
-
-def sliced() -> ModelConfig:
-    """Eight layers of V4-Flash."""
+def sliced(layers: int) -> ModelConfig:
+    """So many layers of V4-Flash, with both kinds of compressed attention where eight are few."""
     known = ModelConfig.from_file(Path("configs/models/deepseek-v4-flash.json")).model_dump()
-    changes = {"num_hidden_layers": LAYERS, "num_nextn_predict_layers": 0}
-    return ModelConfig.from_dict({**known, **changes, "compress_ratios": [*RATIOS[:LAYERS]]})
+    ratios = RATIOS if layers <= len(RATIOS) else known["compress_ratios"]
+    changes = {"num_hidden_layers": layers, "num_nextn_predict_layers": 0}
+    return ModelConfig.from_dict({**known, **changes, "compress_ratios": [*ratios[:layers]]})
 
 
-def open_checkpoint(model: str, device: str) -> Checkpoint:
+def open_checkpoint(args: argparse.Namespace, device: str) -> Checkpoint:
     """The one to serve."""
-    return Checkpoint.open(model) if model else RandomCheckpoint(sliced(), device)
+    if args.model:
+        return Checkpoint.open(args.model)
+    return RandomCheckpoint(sliced(args.layers), device)
 
 
 class One:
@@ -76,7 +77,7 @@ class One:
         name, config = order["name"], Config.from_dict(order["config"])
         epoch = Epoch.from_dict(order["epoch"])
         if self.member is None:
-            checkpoint = open_checkpoint(self.args.model, self.args.device)
+            checkpoint = open_checkpoint(self.args, self.args.device)
             source = Source(config.model, checkpoint, self.args.device)
             self.member = Member(name, config, source, self.emit)
         if self.thread is not None:

@@ -1,11 +1,11 @@
 """Members on GPUs of their own, over NCCL: the same tokens, steps beside each other, a lost expert.
 
     PYTHONPATH=src:. python bench/nccl_members.py [--gpus 4] [--part tokens rates legs loss]
-        [--model DIR --device cpu]
+        [--layers 8] [--layouts "ep 4" ...] [--model DIR --device cpu]
 
 Every member is a process with a GPU; this one makes epochs, as the controller does. Weights are random, of
-eight layers of V4-Flash with all experts, the same in every process; `--model` reads a checkpoint instead, and
-`--device cpu` tries the program over gloo. `tokens` compares greedy tokens with layout `single`. `rates` counts
+some layers of V4-Flash with all experts, the same in every process; `--model` reads a checkpoint instead, and
+`--device cpu` tries the program over gloo. `tokens` compares greedy tokens with the first layout's (`single`). `rates` counts
 tokens while every request decodes, the same requests on the same number of GPUs for `ep` and `afd`. `legs`
 says what the members' devices do meanwhile: NCCL's kernels include the time that they wait for others. `loss`
 ends an expert member's process by SIGKILL under streams, with every expert on two shards and on one.
@@ -34,7 +34,7 @@ from whalepod.config import Config
 from whalepod.model.shape import ModelConfig
 
 # Context, requests a GPU, and tokens that each of them makes.
-RATES = ((1024, 32, 64), (8192, 16, 48), (32768, 4, 48))
+RATES = ((1024, 32, 64), (8192, 8, 48), (32768, 2, 48))
 
 
 def settings(args: argparse.Namespace, **topology: Any) -> Config:
@@ -51,7 +51,7 @@ def settings(args: argparse.Namespace, **topology: Any) -> Config:
                 "kv_tokens": (3 << 20) if cuda else 1 << 16,
                 "max_context": 40000 if cuda else 4096,
             },
-            "cluster": {"fabric": "nccl" if cuda else "gloo", "step_deadline_s": 120},
+            "cluster": {"fabric": "nccl" if cuda else "gloo", "step_deadline_s": 60},
         }
     )
 
@@ -61,7 +61,7 @@ class Layout:
 
     def __init__(self, args: argparse.Namespace, ranks: list[Child], **topology: Any) -> None:
         self.config = settings(args, **topology)
-        self.model = open_checkpoint(args.model, "cpu").config
+        self.model = open_checkpoint(args, "cpu").config
         self.rendezvous = Rendezvous("127.0.0.1")
         self.infos: list[MemberInfo] = wanted(self.config.topology)
         self.of = {info.name: rank for info, rank in zip(self.infos, ranks, strict=True)}
@@ -149,9 +149,11 @@ def steady(times: dict[str, list[float]]) -> tuple[float, float]:
 
 def tokens_and_rates(args: argparse.Namespace, cuda: bool) -> None:
     """Tables of `tokens` and of `rates`."""
-    small = requests(open_checkpoint(args.model, "cpu").config, 16, 300 if cuda else 40, 32)
+    small = requests(open_checkpoint(args, "cpu").config, 16, 300 if cuda else 40, 32)
     alone: dict[str, list[int]] = {}
     shapes = {"single": {"layout": "single"}, **layouts(args.gpus)}
+    if args.layouts:
+        shapes = {name: shapes[name] for name in args.layouts}
     print(
         "| layout | start s | requests with other tokens | rates: context, tokens/s a GPU, ms a step |"
     )
@@ -182,6 +184,8 @@ def legs(args: argparse.Namespace, cuda: bool) -> None:
     """The table of `legs`."""
     print("\n| layout | member | exchange | experts | other kernels |\n|---|---|---|---|---|")
     for name, shape in layouts(args.gpus).items():
+        if args.layouts and name not in args.layouts:
+            continue
         with children(__file__, args.gpus, cuda, *passed(args)) as ranks:
             layout = Layout(args, ranks, **shape)
             layout.enter()
@@ -236,7 +240,8 @@ def loss(args: argparse.Namespace, cuda: bool) -> None:
 
 def passed(args: argparse.Namespace) -> list[str]:
     """Arguments for children."""
-    return ["--device", args.device, *(["--model", args.model] if args.model else [])]
+    always = ["--device", args.device, "--layers", str(args.layers)]
+    return always + (["--model", args.model] if args.model else [])
 
 
 def main() -> None:
@@ -245,6 +250,8 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=4)
     parser.add_argument("--part", nargs="+", default=["tokens", "rates", "legs", "loss"])
     parser.add_argument("--model", default="")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layouts", nargs="+", default=[])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--child", type=int)
     args = parser.parse_args()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-LIMIT_S = 240.0
+LIMIT_S = 150.0
 
 
 class Child:
@@ -52,6 +54,8 @@ class Child:
             try:
                 value = self.said.get(timeout=max(0.01, end - time.monotonic()))
             except queue.Empty:
+                self.process.send_signal(signal.SIGUSR1)
+                time.sleep(1)
                 raise TimeoutError(f"no {kind!r} within {limit_s} s") from None
             if value["kind"] == "failed":
                 raise RuntimeError(value["why"])
@@ -87,7 +91,8 @@ def children(script: str, count: int, cuda: bool, *arguments: str) -> Iterator[l
 
 
 def serve(obey: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
-    """Be a child: answer every line until there is no more."""
+    """Be a child: answer every line until there is no more, and say where one is stuck (SIGUSR1)."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     for line in sys.stdin:
         try:
             answer = obey(json.loads(line))

@@ -38,7 +38,7 @@ def started(device: str, count: int) -> Any:
 
 
 def arguments(device: str, count: int) -> argparse.Namespace:
-    return argparse.Namespace(model=DEMO, device=device, gpus=count)
+    return argparse.Namespace(model=DEMO, layers=8, device=device, gpus=count)
 
 
 @pytest.mark.parametrize(("device", "count"), HERE)
