@@ -130,16 +130,25 @@ class One:
 
 
 def watch(seconds: float) -> dict[str, Any]:
-    """Time of the device in a while, by what it was for."""
-    start, of = time.monotonic(), {"exchange": 0.0, "experts": 0.0, "other": 0.0}
+    """Share of a while that the device spends, by what it was for, and of its kernels the most costly."""
+    start, of, each = time.monotonic(), dict.fromkeys(("exchange", "experts", "other"), 0.0), {}
     if torch.cuda.is_available():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            start = time.monotonic()  # the profiler takes seconds to begin
             time.sleep(seconds)
-            torch.cuda.synchronize()
+            took = time.monotonic() - start
         for event in seen.key_averages():
-            name = event.key.lower()
-            what = "exchange" if "nccl" in name else "experts" if "expert" in name else "other"
-            of[what] += event.self_device_time_total / 1e6
+            name, spent = event.key.lower(), event.self_device_time_total / 1e6
+            what = (
+                "exchange"
+                if "nccl" in name
+                else "experts"
+                if "gate_up" in name or "down_k" in name
+                else "other"
+            )
+            of[what] += spent / took
+            each[event.key[:40]] = [round(spent / took, 4), event.count]
     else:
         time.sleep(seconds)
-    return {"kind": "watched", "seconds": time.monotonic() - start, **of}
+    most = dict(sorted(each.items(), key=lambda item: -item[1][0])[:12])
+    return {"kind": "watched", "most": most, **of}

@@ -23,7 +23,7 @@ from bench.spread import children, serve
 
 from whalepod.cluster.fabric import Fabric
 from whalepod.cluster.rendezvous import Rendezvous, connect
-from whalepod.engine.fixed import FixedForm
+from whalepod.engine.fixed_form import FixedForm
 
 SIZES = (14 << 10, 112 << 10, 1 << 20, 16 << 20)
 TOKENS = (16, 128)
@@ -78,8 +78,8 @@ class Rank:
 
     def legs(self, fabric: Fabric, tokens: int, way: str) -> float:
         """Seconds of the legs of one pass in which every rank brings `tokens` rows."""
-        form, peers = FixedForm(7168, torch.bfloat16, 6), range(fabric.size)
-        there, back = form.to_shard(tokens), form.to_home(tokens)
+        form, peers = FixedForm(7168, torch.bfloat16, 6, fabric.size), range(fabric.size)
+        there, back = form.to_shard(tokens), form.to_home(tokens, wide=False)
         a, b = (
             [torch.zeros(n * fabric.size, dtype=torch.uint8, device=self.device) for _ in range(2)]
             for n in (there, back)
@@ -152,10 +152,10 @@ def main() -> None:
                 rate = size * (count - 1) / min(took) / 1e3
                 told = " | ".join(f"{t:.1f}" for t in took)
                 print(f"| {count} | {size:,} | {told} | {rate:.1f} |", flush=True)
-            form = FixedForm(7168, torch.bfloat16, 6)
+            form = FixedForm(7168, torch.bfloat16, 6, count)
             for tokens in TOKENS:
                 us = max(a["us"] for a in all_of("took", do="legs", amount=tokens))
-                out = (form.to_shard(tokens) + form.to_home(tokens)) * (count - 1)
+                out = (form.to_shard(tokens) + form.to_home(tokens, wide=False)) * (count - 1)
                 legs.append(f"| {count} | {tokens} | {us:.1f} | {out / 1e6:.2f} |")
     print("\n".join(legs))
 

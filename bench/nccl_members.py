@@ -1,13 +1,13 @@
 """Members on GPUs of their own, over NCCL: the same tokens, steps beside each other, a lost expert.
 
     PYTHONPATH=src:. python bench/nccl_members.py [--gpus 4] [--part tokens rates legs loss]
-        [--layers 8] [--layouts "ep 4" ...] [--model DIR --device cpu]
+        [--layers 8] [--layouts "ep 4" ...] [--micro-batches 2] [--kernels] [--model DIR --device cpu]
 
 Every member is a process with a GPU; this one makes epochs, as the controller does. Weights are random, of
 some layers of V4-Flash with all experts, the same in every process; `--model` reads a checkpoint instead, and
 `--device cpu` tries the program over gloo. `tokens` compares greedy tokens with the first layout's (`single`). `rates` counts
 tokens while every request decodes, the same requests on the same number of GPUs for `ep` and `afd`. `legs`
-says what the members' devices do meanwhile: NCCL's kernels include the time that they wait for others. `loss`
+says what the members' devices do meanwhile, `--kernels` by kernel: NCCL's include the time that they wait. `loss`
 ends an expert member's process by SIGKILL under streams, with every expert on two shards and on one.
 """
 
@@ -40,6 +40,8 @@ RATES = ((1024, 32, 64), (8192, 8, 48), (32768, 2, 48))
 def settings(args: argparse.Namespace, **topology: Any) -> Config:
     """The configuration of every process."""
     cuda = args.device == "cuda"
+    if topology.get("layout") != "single":
+        topology["micro_batches"] = args.micro_batches
     return Config.from_dict(
         {
             "model": {"path": args.model or "random", "dtype": "bf16" if cuda else "fp32"},
@@ -199,8 +201,10 @@ def legs(args: argparse.Namespace, cuda: bool) -> None:
                 rank.tell(do="watch", seconds=0.5)
             for member, rank in layout.of.items():
                 seen = rank.hear("watched")
-                parts = (seen[k] / seen["seconds"] for k in ("exchange", "experts", "other"))
+                parts = (seen[k] for k in ("exchange", "experts", "other"))
                 print(f"| {name} | {member} | " + " | ".join(f"{p:.0%}" for p in parts) + " |")
+                if args.kernels:
+                    print("  ", seen["most"], flush=True)
 
 
 def loss(args: argparse.Namespace, cuda: bool) -> None:
@@ -252,6 +256,8 @@ def main() -> None:
     parser.add_argument("--model", default="")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--layouts", nargs="+", default=[])
+    parser.add_argument("--micro-batches", type=int, default=2)
+    parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--child", type=int)
     args = parser.parse_args()

@@ -32,8 +32,8 @@ class Announcer:
         """Learn every replica's rows; None means stop here.
 
         Args:
-            mine: says what this member brings; asked only of stage-0 attention members, and of
-                all but the lead only after the lead has spoken.
+            mine: says what this member brings; asked only of stage-0 attention members, of all at once. Who has
+                nothing is asked again when the lead has spoken: that can take long.
         """
         self._rows.watch(working=False)
         self.step += 1
@@ -43,13 +43,14 @@ class Announcer:
             found[0] = mine()
             self._tell(found[0])
         else:
+            early = mine() if mine is not None and self._replica else None
             found[0] = self._hear(lead_rank)
         if found[0].stop:
             self._out.settle()
             return None
         if self._replica:
             assert mine is not None
-            found[self._replica] = mine()
+            found[self._replica] = early if early is not None and any(early.rows) else mine()
             self._tell(found[self._replica])
         for replica, rank in enumerate(self._lanes.homes[0]):
             if replica not in found:
@@ -59,7 +60,8 @@ class Announcer:
         return found
 
     def _tell(self, said: Announcement) -> None:
-        words = [self._lanes.epoch, self.step, said.stop + 2 * said.even, *said.rows]
+        flags = said.stop + 2 * said.even + 4 * said.wide
+        words = [self._lanes.epoch, self.step, flags, *said.rows]
         message = torch.tensor(words, dtype=torch.int64).view(torch.uint8)
         for rank in range(self._fabric.size):
             if rank != self._fabric.rank:
@@ -75,4 +77,4 @@ class Announcer:
                 [self._fabric.names[rank]],
                 f"its header is of epoch {epoch} step {step}, not step {self.step}",
             )
-        return Announcement((a, b, c), bool(flags & 1), bool(flags & 2))
+        return Announcement((a, b, c), *(bool(flags & bit) for bit in (1, 2, 4)))

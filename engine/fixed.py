@@ -2,80 +2,54 @@
 
 The step header says how many rows each home brings; from it every member knows the size of each message,
 so nothing is counted, no size travels, and a whole step can be captured in a graph. Every row goes to every
-shard, with the ids of its experts there; every (row, choice) comes home from every shard, and home
-takes the one from the shard that held it. A message ends with the seal that its home gave the step's last
-pass: it comes back only if every member on the way did its part in this very step.
+shard, with the ids of its experts there. From each shard come the outputs of those, as many as there is room
+for, and where each choice's stands: there is room for twice a shard's even share. When that was not enough
+the step is void, and a home that has met such a step asks for room for all for a while. A message ends with
+the seal that its home gave the step: it comes back only if every member on the way did its part in it.
 
-Legend: S shards, C rows of a home, K experts per token, D width.
+Legend: S shards, C rows of a home, K experts per token, D width, M rows at a shard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from whalepod.cluster.fabric import Fabric, Work
 from whalepod.engine.expert import ExpertShard
+from whalepod.engine.fixed_form import FixedForm, where
 from whalepod.engine.graph import rows_of
 from whalepod.engine.lanes import Announcement, Lanes
 from whalepod.engine.legs import LANE_OF
 from whalepod.engine.router import Router
 from whalepod.errors import EpochLost
+from whalepod.kernels.hand_back import COLUMNS
 from whalepod.model.shape import ModelConfig
 
-SEAL_BYTES = 16
-# Rows of every replica, by micro-batch.
-Sizes = tuple[tuple[int, ...], ...]
+
+class Crowded(Exception):
+    """A shard had no room for all outputs of a step; nothing of it has become visible."""
+
+
+class Sizes(NamedTuple):
+    """Rows of every replica, by micro-batch; whether there is room for all outputs at each shard."""
+
+    rows: tuple[tuple[int, ...], ...]
+    wide: bool = False
 
 
 def fixed_sizes(announced: dict[int, Announcement]) -> Sizes | None:
     """Rows of a step of fixed sizes, or None when some replica brings other than decoding rows."""
-    if not all(a.even for a in announced.values() if any(a.rows)):
+    some = [a for a in announced.values() if any(a.rows)]
+    if not some or not all(a.even for a in some):
         return None
     counts = [[announced[r].rows[m] for r in sorted(announced)] for m in range(3)]
     made = tuple(tuple(rows_of(n) or 0 if n else 0 for n in rows) for rows in counts if any(rows))
-    return made or None
-
-
-@dataclass(slots=True)
-class FixedForm:
-    """Bytes of messages."""
-
-    width: int
-    dtype: torch.dtype
-    k: int
-
-    def to_router(self, rows: int) -> int:
-        """Rows, token ids, seal."""
-        return rows * (self.width * self.dtype.itemsize + 4) + SEAL_BYTES
-
-    def to_shard(self, rows: int) -> int:
-        """Rows, expert ids (-1: not at this shard), weights, seal."""
-        return rows * (self.width * self.dtype.itemsize + 8 * self.k) + SEAL_BYTES
-
-    def to_home(self, rows: int) -> int:
-        """A row for each choice, expert ids, seal."""
-        return rows * self.k * (self.width * self.dtype.itemsize + 4) + SEAL_BYTES
-
-    def split(self, message: Tensor, rows: int, *ints: int) -> list[Tensor]:
-        """Views of a message's parts, `[..., bytes]`.
-
-        Args:
-            rows: how many rows of `width`. ints: columns of int32 after them.
-
-        Returns:
-            rows `[..., rows, D]`, each `[..., rows, columns]` int32, and the seal `[..., 4]` int32.
-        """
-        size = rows * self.width * self.dtype.itemsize
-        parts = [message[..., :size].view(self.dtype).unflatten(-1, (rows, self.width))]
-        for columns in ints:
-            end = size + 4 * rows * columns
-            parts.append(message[..., size:end].view(torch.int32).unflatten(-1, (rows, columns)))
-            size = end
-        return [*parts, message[..., size : size + SEAL_BYTES].view(torch.int32)]
+    return Sizes(made, any(a.wide for a in some))
 
 
 @dataclass(slots=True)
@@ -97,19 +71,22 @@ class FixedLegs:
     form: FixedForm = field(init=False)
     shard_S: Tensor = field(init=False)
     seal: Tensor = field(init=False)
-    fault: Tensor = field(init=False)
+    faults: Tensor = field(init=False)
     nothing: Tensor = field(init=False)
+    _tables: dict[tuple[tuple[int, ...], bool], Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Put what graphs read and write where it stays."""
-        self.form = FixedForm(self.config.hidden_size, self.dtype, self.config.num_experts_per_tok)
+        width, k = self.config.hidden_size, self.config.num_experts_per_tok
+        self.form = FixedForm(width, self.dtype, k, len(self.lanes.shards))
         number = {rank: i for i, rank in enumerate(self.lanes.shards)}
         # Messages lie in the order of ranks, tables hold the numbers of shards.
         order = [number[rank] for rank in sorted(number)]
         self.shard_S = torch.tensor(order, device=self.device)
         self.seal = torch.zeros(4, dtype=torch.int32, device=self.device)
         self.nothing = torch.empty(0, dtype=torch.uint8, device=self.device)
-        self.fault = torch.zeros((), dtype=torch.bool, device=self.device)
+        # Whether the seal is missing, and whether some shard was crowded.
+        self.faults = torch.zeros(2, dtype=torch.int32, device=self.device)
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -120,20 +97,28 @@ class FixedLegs:
 
     def key(self, sizes: Sizes) -> Sizes:
         """What a graph of this member depends on besides its own inputs."""
-        alone = self.shard is None and self.replica is not None
-        return tuple((rows[self.replica],) for rows in sizes) if alone else sizes  # type: ignore[index]
+        if self.shard is not None or self.replica is None:
+            return sizes
+        return Sizes(tuple((rows[self.replica],) for rows in sizes.rows), sizes.wide)
 
     def begin(self, step: int) -> None:
         """Give a step its seal."""
         self.seal.copy_(torch.tensor([self.lanes.epoch, step, ~step, 1], dtype=torch.int32))
-        self.fault.zero_()
+        self.faults.zero_()
 
     def check(self) -> None:
-        """Raise EpochLost unless the seal came back whole; what it covers is on the host by then."""
-        broken = bool(self.fault.item())
+        """Raise unless the step is whole; what it covers is on the host by then.
+
+        Raises:
+            EpochLost: the seal did not come back.
+            Crowded: it did, but not all outputs.
+        """
+        broken, crowded = self.faults.tolist()
         self.fabric.check()
         if broken:
             raise EpochLost(self.lanes.epoch, [], "a step came back without its seal")
+        if crowded:
+            raise Crowded
 
     def blocks(self, dispatcher: int, rows: Seq[int]) -> list[int]:
         """Rows of each home that a rank dispatches for, in the order of replicas."""
@@ -152,6 +137,15 @@ class FixedLegs:
         homes = self.lanes.homes[0]
         found = [(self.lanes.dispatcher(0, r), r, n) for r, n in enumerate(rows) if n]
         return [(homes[r], n) for _, r, n in sorted(found)]
+
+    def table(self, rows: Seq[int], wide: bool) -> Tensor:
+        """Where the rows of a pass lie at this shard, for `hand_back.py`; made when first asked for."""
+        found = self._tables.get((tuple(rows), wide))
+        if found is None:
+            lines = where(self.form, self.arrivals(rows), wide)
+            found = torch.tensor(lines, dtype=torch.int64).view(-1, COLUMNS).to(self.device)
+            self._tables[tuple(rows), wide] = found
+        return found
 
     def start(self, tag: int, come: dict[int, int], data: Tensor, go: dict[int, int]) -> Leg:
         """Let a leg go; bytes by rank."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from whalepod.engine.fixed import FixedLegs, Leg, Sizes
 from whalepod.engine.legs import TAG_HOME, TAG_ROUTER, TAG_SHARD
+from whalepod.kernels.hand_back import hand_back, take_in
 from whalepod.kernels.hand_out import hand_out, sum_of_shards
 from whalepod.model.moe import run_held
 
@@ -28,52 +29,38 @@ def dispatch(
     at = row = 0
     for count, seal in zip(blocks, seals, strict=True):
         message, part = data[:, at : at + form.to_shard(count)], slice(row, row + count)
-        x, ids, weights, mark = form.split(message, count, form.k, form.k)
+        x, ids, weights, mark = form.split(message, count, (count, form.k), (count, form.k))
         routed = routes.experts_TK[part], routes.weights_TK[part], router.holders[layer]
-        written = x, ids, weights, router.routed_rows[layer]
+        written = x, ids, weights, mark, seal, router.routed_rows[layer]
         hand_out(x_TD[part], *routed, legs.shard_S, row, *written)
-        mark.copy_(seal.expand_as(mark))
         at, row = at + form.to_shard(count), row + count
     return data.flatten()
 
 
 def answer(
-    legs: FixedLegs, layer: int, rows: Seq[int], came: Tensor
+    legs: FixedLegs, layer: int, rows: Seq[int], wide: bool, came: Tensor
 ) -> tuple[Tensor, dict[int, int]]:
     """Run a shard's experts: the messages for all homes in the order of their ranks, and their bytes."""
-    shard, form = legs.shard, legs.form
+    shard, form, table = legs.shard, legs.form, legs.table(rows, wide)
     assert shard is not None
-    arrivals, parts, at = legs.arrivals(rows), [], 0
-    for _, count in arrivals:
-        end = at + form.to_shard(count)
-        parts.append(form.split(came[at:end], count, form.k, form.k))
-        at = end
-    x, ids, bits, seals = ([p[i] for p in parts] for i in range(4))
-    x_MD, ids_MK, bits_MK = (p[0] if len(p) == 1 else torch.cat(p) for p in (x, ids, bits))
+    x_MD, ids_MK, bits_MK = take_in(came, table, form.width, form.k, form.dtype)
     out_MKD = run_held(x_MD, ids_MK, bits_MK.view(torch.float32), shard.experts[layer])
-    sizes = {home: form.to_home(count) for home, count in sorted(arrivals)}
+    sizes = {home: form.to_home(count, wide) for home, count in sorted(legs.arrivals(rows))}
     data = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=came.device)
-    message_of, row = dict(zip(sizes, data.split([*sizes.values()]), strict=True)), 0
-    for (home, count), seal in zip(arrivals, seals, strict=True):
-        message = message_of[home]
-        back, held, mark = form.split(message, count * form.k, 1)
-        back.copy_(out_MKD[row : row + count].flatten(0, 1))
-        held.copy_(ids_MK[row : row + count].reshape(-1, 1))
-        mark.copy_(seal)
-        row += count
+    hand_back(came, table, ids_MK, out_MKD, data)
     return data, sizes
 
 
-def collect(legs: FixedLegs, rows: int, came: Tensor, last: bool) -> Tensor:
+def collect(legs: FixedLegs, rows: int, wide: bool, came: Tensor, last: bool) -> Tensor:
     """Sum what the shards sent back for this home's rows, `[C, D]` fp32, in the router's order."""
-    form = legs.form
-    per = came.view(len(legs.shard_S), form.to_home(rows))
-    back_SND, held_SN, seal_S4 = form.split(per, rows * form.k, 1)
-    held_SN = held_SN.squeeze(-1)
+    form, pairs = legs.form, rows * legs.form.k
+    per = came.view(len(legs.shard_S), form.to_home(rows, wide))
+    back_SRD, places, seal_S4 = form.split(per, form.room(rows, wide), (pairs, 1))
+    places_SN = places.squeeze(-1)
     if last:
-        everywhere = (held_SN >= 0).any(0).all()
-        legs.fault.logical_or_((seal_S4 != legs.seal).any() | ~everywhere)
-    return sum_of_shards(back_SND, held_SN, form.k)
+        everywhere = (places_SN >= 0).any(0).all()
+        legs.faults[0].logical_or_((seal_S4 != legs.seal).any() | ~everywhere)
+    return sum_of_shards(back_SRD, places_SN, form.k, legs.faults[1])
 
 
 class FixedExperts:
@@ -96,7 +83,7 @@ class FixedExperts:
 
     def send(self, layer: int, micro_batch: int, x_TD: Tensor, ids_T: Tensor) -> None:
         """Legs 1 or 2, and what of leg 2 comes here."""
-        legs, rows = self.legs, self.sizes[micro_batch]
+        legs, rows = self.legs, self.sizes.rows[micro_batch]
         assert legs.replica is not None
         form, count, data = legs.form, rows[legs.replica], legs.nothing
         assert len(x_TD) == count
@@ -104,7 +91,7 @@ class FixedExperts:
         come = come_to_shard(legs, rows) if legs.shard is not None else {}
         if count and legs.router is None:
             data = torch.empty(form.to_router(count), dtype=torch.uint8, device=x_TD.device)
-            x, ids, mark = form.split(data, count, 1)
+            x, ids, mark = form.split(data, count, (count, 1))
             x.copy_(x_TD)
             ids.copy_(ids_T.unsqueeze(1))
             mark.copy_(legs.seal)
@@ -118,18 +105,19 @@ class FixedExperts:
 
     def receive(self, layer: int, micro_batch: int) -> Tensor:
         """Leg 3, and what of it goes from here."""
-        legs, rows = self.legs, self.sizes[micro_batch]
+        legs, rows = self.legs, self.sizes.rows[micro_batch]
         assert legs.replica is not None
+        wide = self.sizes.wide
         count, form, data = rows[legs.replica], legs.form, legs.nothing
         sent, go = self._out.pop((layer, micro_batch), None), dict[int, int]()
         came = sent.take() if sent is not None else legs.nothing
         if legs.shard is not None and sent is not None:
-            data, go = answer(legs, layer, rows, came)
-        come = dict.fromkeys(legs.lanes.shards, form.to_home(count)) if count else {}
+            data, go = answer(legs, layer, rows, wide, came)
+        come = dict.fromkeys(legs.lanes.shards, form.to_home(count, wide)) if count else {}
         back = legs.start(TAG_HOME, come, data, go).take() if come or go else legs.nothing
         if not count:
             return torch.zeros(0, form.width, device=legs.device)
-        return collect(legs, count, back, layer == self._last)
+        return collect(legs, count, wide, back, layer == self._last)
 
     def settle(self) -> None:
         """Nothing is under way: every leg has been waited for."""
@@ -142,7 +130,7 @@ def come_to_shard(legs: FixedLegs, rows: Seq[int]) -> dict[int, int]:
 
 def serve_shard_fixed(legs: FixedLegs, sizes: Sizes) -> None:
     """Serve every pass of one step, as a shard of its own."""
-    passes = [(layer, m) for layer in legs.lanes.stage_layers[0] for m in range(len(sizes))]
+    passes = [(layer, m) for layer in legs.lanes.stage_layers[0] for m in range(len(sizes.rows))]
     # A GPU that runs a kernel for the first time may stop for it until all others have ended. One that
     # waits for the next rows while this pass has yet to be answered would never end, so that rows are
     # asked for ahead only in a graph: what it holds has run before.
@@ -151,11 +139,11 @@ def serve_shard_fixed(legs: FixedLegs, sizes: Sizes) -> None:
     leaving: list[Leg] = []
     for i, (layer, m) in enumerate(passes):
         for _, next_m in passes[i + len(coming) : i + 1 + ahead]:
-            come = come_to_shard(legs, sizes[next_m])
+            come = come_to_shard(legs, sizes.rows[next_m])
             coming.append(legs.start(TAG_SHARD, come, legs.nothing, {}))
         came = coming.pop(0).take()
-        _let_go(leaving, len(sizes))
-        data, go = answer(legs, layer, sizes[m], came)
+        _let_go(leaving, len(sizes.rows))
+        data, go = answer(legs, layer, sizes.rows[m], sizes.wide, came)
         leaving.append(legs.start(TAG_HOME, {}, data, go))
     for leg in leaving:
         leg.take()
@@ -165,7 +153,7 @@ def serve_router_fixed(legs: FixedLegs, sizes: Sizes) -> None:
     """Route every pass of one step, as a router of its own."""
     form, rank, leaving = legs.form, legs.fabric.rank, list[Leg]()
     for layer in legs.lanes.stage_layers[0]:
-        for rows in sizes:
+        for rows in sizes.rows:
             blocks = legs.blocks(rank, rows)
             if not blocks:
                 continue
@@ -173,9 +161,9 @@ def serve_router_fixed(legs: FixedLegs, sizes: Sizes) -> None:
             of = {h: rows[legs.lanes.homes[0].index(h)] for h in homes}
             come = {home: form.to_router(count) for home, count in of.items()}
             came, parts, at = legs.start(TAG_ROUTER, come, legs.nothing, {}).take(), {}, 0
-            _let_go(leaving, len(sizes))
+            _let_go(leaving, len(sizes.rows))
             for home, count in of.items():
-                parts[home] = form.split(came[at : at + come[home]], count, 1)
+                parts[home] = form.split(came[at : at + come[home]], count, (count, 1))
                 at += come[home]
             # Blocks go on in the order of replicas.
             order = [parts[h] for h in legs.lanes.homes[0] if h in parts]

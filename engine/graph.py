@@ -63,14 +63,15 @@ class Captures(Generic[T]):
         self.capture = capture
         self._known: dict[Hashable, tuple[torch.cuda.CUDAGraph, T] | None] = {}
         self._places: tuple[int, ...] = ()
-        self._pool = torch.cuda.graph_pool_handle() if capture else None
+        self.forget()
 
     def run(self, key: Hashable, places: tuple[int, ...], work: Callable[[], T]) -> T:
         """Do `work`, which reads and writes the same memory whenever `key` and `places` are the same."""
         if not self.capture:
             return work()
         if self._places != places:
-            self._known, self._places = {}, places
+            self.forget()
+            self._places = places
         if key not in self._known:
             self._known[key] = None
             return work()
@@ -86,6 +87,8 @@ class Captures(Generic[T]):
     def forget(self) -> None:
         """Give the graphs back, and with them what they hold of others."""
         self._known = {}
+        # A pool that no graph uses any more takes no new ones.
+        self._pool = torch.cuda.graph_pool_handle() if self.capture else None
 
 
 Made = tuple[Batch, Tensor, Tensor]

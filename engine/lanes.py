@@ -14,12 +14,14 @@ from whalepod.engine.legs import Place
 class Announcement:
     """What one attention replica brings to a step: rows per micro-batch (or a wish to stop).
 
-    `even` says that every row is one of another sequence that draws: sizes of messages follow.
+    `even` says that every row is one of another sequence that draws: sizes of messages follow. `wide` asks
+    for messages from shards that have room for every output.
     """
 
     rows: tuple[int, int, int] = (0, 0, 0)
     stop: bool = False
     even: bool = False
+    wide: bool = False
 
 
 def stage_layers(layers: int, stages: int) -> tuple[range, ...]:

@@ -55,13 +55,14 @@ def run_fixed(
 
     Raises:
         EpochLost: some member did not do its part. Nothing has become visible.
+        Crowded: likewise; the step has to be run again with more room.
     """
     assert stage.graphs is not None
     own = plan.step.micro_batches if plan is not None else ()
     if plan is not None:
         restore(stage, plan.step)
     experts.legs.begin(step)
-    padded = [*own, *[None] * (len(experts.sizes) - len(own))]
+    padded = [*own, *[None] * (len(experts.sizes.rows) - len(own))]
     found = stage.graphs.run(padded, experts)
     assert found is not None
     if plan is None:

@@ -5,6 +5,7 @@ Legend: T rows, C residual streams, D width.
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from whalepod.engine.announce import Announcer
 from whalepod.engine.attention import AttentionStage
 from whalepod.engine.expert import ExpertShard
 from whalepod.engine.experts import LocalExperts, RemoteExperts
-from whalepod.engine.fixed import FixedLegs, fixed_sizes
+from whalepod.engine.fixed import Crowded, FixedLegs, fixed_sizes
 from whalepod.engine.fixed_passes import FixedExperts, serve_router_fixed, serve_shard_fixed
 from whalepod.engine.graph import Captures, DecodeGraphs
 from whalepod.engine.handover import (
@@ -42,6 +43,9 @@ from whalepod.engine.router import Router
 from whalepod.engine.sampler import Drawn
 from whalepod.engine.step import Step
 from whalepod.model.batch import Batch
+
+log = logging.getLogger(__name__)
+_WIDE_STEPS = 256
 
 
 @dataclass(slots=True)
@@ -95,12 +99,14 @@ class FirstStage:
 
     def __init__(self, loop: EngineLoop, stage: AttentionStage, topology: Topology) -> None:
         self.loop, self.stage, self.topology = loop, stage, topology
+        self._wide = 0  # steps in which shards shall have room for every output
 
     def serve(self, seat: Seat, stop: threading.Event) -> None:
         """Run steps; returns when the lead has announced the stop. Raises EpochLost."""
         announcer = Announcer(seat.fabric, seat.lanes)
         leads = seat.fabric.rank == seat.lanes.lead
         others_busy, plan = False, None
+        self._wide = 0
 
         def mine() -> Announcement:
             nonlocal plan
@@ -109,7 +115,7 @@ class FirstStage:
             # Alone, there is nothing to wait for that another batch could fill.
             most = 1 if seat.fabric.size == 1 else self.topology.micro_batches
             plan = self.loop.plan(most, self.topology.micro_batch_rows)
-            return _announce(plan, seat.fixed is not None)
+            return _announce(plan, seat.fixed is not None, self._wide > 0)
 
         while True:
             plan = None
@@ -129,7 +135,15 @@ class FirstStage:
 
     def _fixed_step(self, seat: Seat, experts: FixedExperts, plan: Plan | None, step: int) -> None:
         if plan is not None or seat.shard is not None:
-            made = run_fixed(self.stage, experts, plan, step)
+            self._wide = max(0, self._wide - 1)
+            try:
+                made = run_fixed(self.stage, experts, plan, step)
+            except Crowded:
+                log.info(
+                    "a shard had more outputs than room: room for all in %d steps", _WIDE_STEPS
+                )
+                self._wide = _WIDE_STEPS
+                return  # the same tokens are planned again
             if plan is not None:
                 self.loop.finish(plan, *made)
 
@@ -220,10 +234,10 @@ class LaterStage:
                     batch.commit(part.slot)
 
 
-def _announce(plan: Plan | None, fixed: bool) -> Announcement:
+def _announce(plan: Plan | None, fixed: bool, wide: bool) -> Announcement:
     mine = plan.step.micro_batches if plan else ()
     a, b, c = (*(m.tokens for m in mine), 0, 0, 0)[:3]
-    return Announcement((a, b, c), even=fixed and all(map(DecodeGraphs.takes, mine)))
+    return Announcement((a, b, c), even=fixed and all(map(DecodeGraphs.takes, mine)), wide=wide)
 
 
 def serve_router(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from whalepod.cluster.local_fabric import local_fabrics
 from whalepod.config import Config
 from whalepod.engine import fixed_passes, session
-from whalepod.engine.fixed import FixedForm, fixed_sizes
+from whalepod.engine.fixed import Crowded, fixed_sizes
+from whalepod.engine.fixed_form import FixedForm
 from whalepod.engine.graph import Captures, DecodeGraphs
 from whalepod.engine.lanes import Announcement
 from whalepod.engine.local import SingleEngine, ThreadedEngine, open_engine
@@ -58,7 +60,7 @@ def fixed_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return [StrictFabric(one) for one in local_fabrics(names, **settings)]
 
     def counted(stage: Any, experts: Any, plan: Any, step: int) -> Any:
-        seen.append(sum(map(sum, experts.sizes)))
+        seen.append(sum(map(sum, experts.sizes.rows)))
         return run_fixed(stage, experts, plan, step)
 
     run_fixed = session.run_fixed
@@ -117,8 +119,10 @@ def stale(
 ) -> Callable[..., tuple[Tensor, dict[int, int]]]:
     """A shard whose rows never came: its communicator was aborted, and old bytes lay there."""
 
-    def one(legs: Any, layer: int, rows: Any, came: Tensor) -> tuple[Tensor, dict[int, int]]:
-        return answer(legs, layer, rows, came.clone().fill_(0))
+    def one(
+        legs: Any, layer: int, rows: Any, wide: bool, came: Tensor
+    ) -> tuple[Tensor, dict[int, int]]:
+        return answer(legs, layer, rows, wide, came.clone().fill_(0))
 
     return one
 
@@ -137,25 +141,47 @@ def test_sizes_follow_from_the_header() -> None:
         a, b, c = (*rows, 0, 0, 0)[:3]
         return Announcement((a, b, c), even=even)
 
-    assert fixed_sizes({0: said(3, 2), 1: said(9)}) == ((3, 12), (2, 0))
-    assert fixed_sizes({0: said(3), 1: said(0, even=False)}) == ((3, 0),)
+    def wide(one: Announcement) -> Announcement:
+        return replace(one, wide=True)
+
+    assert fixed_sizes({0: said(3, 2), 1: said(9)}) == (((3, 12), (2, 0)), False)
+    assert fixed_sizes({0: said(3), 1: said(0, even=False)}) == (((3, 0),), False)
     assert fixed_sizes({0: said(3), 1: said(40, even=False)}) is None
+    assert fixed_sizes({0: said(3), 1: wide(said(2))}) == (((3, 2),), True)
+    assert fixed_sizes({0: said(3), 1: wide(said(0))}) == (((3, 0),), False)
     assert fixed_sizes({0: said(0), 1: said(0)}) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parts_of_a_message_fill_it(dtype: torch.dtype) -> None:
-    form = FixedForm(width=24, dtype=dtype, k=3)
-    message = torch.zeros(2, form.to_shard(5), dtype=torch.uint8)
-    for part in form.split(message, 5, 3, 3):
-        part.view(torch.int16 if dtype == torch.bfloat16 else torch.int32).fill_(-1)
-    assert (message == 255).all()
-    back = torch.zeros(form.to_home(5), dtype=torch.uint8)
-    rows, ids, seal = form.split(back, 15, 1)
-    assert [tuple(p.shape) for p in (rows, ids, seal)] == [(15, 24), (15, 1), (4,)]
-    for part in (rows, ids, seal):
-        part.view(torch.int16 if dtype == torch.bfloat16 else torch.int32).fill_(-1)
-    assert (back == 255).all()
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ep 3, one micro-batch", "afd 2+2+2"])
+def test_a_crowded_shard_voids_the_step_and_the_next_has_room(
+    name: str, tiny: Path, alone: Output, fixed_steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def room(form: FixedForm, rows: int, wide: bool) -> int:
+        return rows * form.k if wide else 1
+
+    crowded: list[int] = []
+
+    def counted(stage: Any, experts: Any, plan: Any, step: int) -> Any:
+        try:
+            return run_fixed(stage, experts, plan, step)
+        except Crowded:
+            crowded.append(step)
+            raise
+
+    run_fixed = session.run_fixed
+    monkeypatch.setattr(FixedForm, "room", room)
+    monkeypatch.setattr(session, "run_fixed", counted)
+    monkeypatch.setattr(session, "_WIDE_STEPS", 3)
+    assert run(tiny, LAYOUTS[name]) == alone
+    assert len(crowded) >= 2, "it happens again once the wide steps are over"
+    assert len(fixed_steps) > len(crowded)
+
+
+def test_room_is_twice_an_even_share() -> None:
+    form = FixedForm(width=64, dtype=torch.bfloat16, k=6, shards=4)
+    assert [form.room(n, wide=False) for n in (1, 4, 128)] == [6, 20, 392]
+    assert [form.room(n, wide=True) for n in (1, 4, 128)] == [6, 24, 768]
 
 
 def test_without_cuda_work_is_done_each_time() -> None:

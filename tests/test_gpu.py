@@ -14,6 +14,7 @@ from test_layouts import LAYOUTS, requests
 from whalepod.cluster.fabric import exchange
 from whalepod.cluster.rendezvous import Rendezvous, connect
 from whalepod.config import Config
+from whalepod.engine.graph import Captures
 from whalepod.engine.local import open_engine
 from whalepod.engine.request import Request, Sampling
 from whalepod.engine.source import Source
@@ -92,6 +93,40 @@ def test_graphs_give_the_bits_of_single_launches(fidelity: str) -> None:
     assert drawn("cuda", model=model) == alone
     few = drawn("cuda", model=model, engine={"max_batch": 3, "max_step_tokens": 200})
     assert few == alone, "neither company nor chunks change a bit"
+
+
+def test_tokens_made_get_the_bits_of_tokens_given() -> None:
+    """Entries of decoding steps and of chunks come from kernels of their own."""
+    model, engine = {"dtype": "bf16"}, {"max_step_tokens": 4096}
+    tokenizer = Tokenizer.open(DEMO)
+    assert tokenizer is not None
+    config = Config.from_dict(
+        {
+            "model": {"path": str(DEMO), **model},
+            "topology": {"layout": "single"},
+            "engine": engine,
+        }
+    )
+    ids = tuple(tokenizer.encode_text(stories(Random(4))(300)))
+    with torch.inference_mode():
+        served = open_engine(config, Source(config.model, Checkpoint.open(DEMO), "cuda"))
+        made = [(e.token, e.logprob) for e in served.run([Request("a", ids, 160, ignore_eos=True)])]
+        for known in (1, 40, 133, 159):
+            prompt = (*ids, *(token for token, _ in made[:known]))
+            again = Request("b", prompt, 160 - known, ignore_eos=True)
+            assert [(e.token, e.logprob) for e in served.run([again])] == made[known:]
+        served.close()
+
+
+def test_graphs_are_captured_anew_after_they_were_given_back() -> None:
+    captures, x = Captures[torch.Tensor](capture=True), torch.ones(8, device="cuda")
+    kept = []
+    for turn in range(3):
+        for _ in range(3):
+            made = captures.run("double", (turn % 2,), lambda: x * 2)
+        kept.append(made)  # memory of a pool may outlive its graphs
+        assert torch.equal(made, x * 2)
+        captures.forget()
 
 
 def test_nccl_groups_are_made_and_aborted_epoch_by_epoch() -> None:

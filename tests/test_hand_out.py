@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from twins import DEVICE, random, twin
 
-from whalepod.engine.fixed import FixedForm
+from whalepod.engine.fixed_form import FixedForm
 from whalepod.kernels.hand_out import hand_out, sum_of_shards
 
 # Tokens, experts a token, experts, shards, replicas, width.
@@ -37,18 +38,19 @@ def messages(some: Given, form: FixedForm) -> tuple[Tensor, list[Tensor]]:
     tokens, k = some.experts.shape
     size = form.to_shard(tokens)
     # Something stands before and behind in each message, as another home's rows do.
-    wide = torch.full((len(some.shards), size + 96), 255, dtype=torch.uint8, device=DEVICE)
-    return wide, form.split(wide[:, 32 : 32 + size], tokens, k, k)
+    wide = torch.full((len(some.shards), size + 128), 255, dtype=torch.uint8, device=DEVICE)
+    return wide, form.split(wide[:, 64 : 64 + size], tokens, (tokens, k), (tokens, k))
 
 
 def check(run: object, case: tuple[int, ...], kind: torch.dtype, first: int) -> None:
     some = given(*case)
     some = some._replace(x=some.x.to(kind))
     tokens, k, experts, _, replicas, width = case
-    wide, (out, ids, bits, seal) = messages(some, FixedForm(width, kind, k))
-    seal.fill_(7)
+    form = FixedForm(width, kind, k, len(some.shards))
+    wide, (out, ids, bits, seals) = messages(some, form)
+    seal = torch.tensor([3, 1, 4, 1], dtype=torch.int32, device=DEVICE)
     counts = torch.arange(experts, device=DEVICE)
-    run(*some, first, out, ids, bits, counts)  # type: ignore[operator]
+    run(*some, first, out, ids, bits, seals, seal, counts)  # type: ignore[operator]
     for s, shard in enumerate(some.shards.tolist()):
         assert torch.equal(out[s], some.x)
         assert torch.equal(bits[s].contiguous().view(torch.float32), some.weights)
@@ -58,8 +60,8 @@ def check(run: object, case: tuple[int, ...], kind: torch.dtype, first: int) -> 
                 assert int(ids[s, t, i]) == (expert if holder == shard else -1)
     chosen = torch.bincount(some.experts.flatten().cpu(), minlength=experts)
     assert torch.equal(counts.cpu(), torch.arange(experts) + chosen)
-    assert (seal == 7).all()
-    assert (wide[:, :32] == 255).all(), "nothing is written before"
+    assert not tokens or (seals == seal).all()
+    assert (wide[:, :64] == 255).all(), "nothing is written before"
     assert (wide[:, -64:] == 255).all(), "nor behind"
 
 
@@ -76,43 +78,64 @@ def test_the_twin_writes_the_same_messages(case: tuple[int, ...], kind: torch.dt
     check(twin(hand_out), case, kind, 3)
 
 
-def answers(case: tuple[int, ...], kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+class Answers:
     """What shards send back, in messages with other things behind, and the sums."""
-    tokens, k, experts, shards, _, width = case
-    form = FixedForm(width, kind, k)
-    size = form.to_home(tokens)
-    wide = torch.zeros(shards, size + 32, dtype=torch.uint8, device=DEVICE)
-    back, ids, _ = form.split(wide[:, :size], tokens * k, 1)
-    back.copy_(random(shards, tokens * k, width))  # noise where the expert is elsewhere
-    ids.fill_(-1)
-    holder = torch.randint(shards, (tokens * k,)).to(DEVICE)
-    pair = torch.arange(tokens * k, device=DEVICE)
-    ids[holder, pair, 0] = torch.randint(experts, (tokens * k,), dtype=torch.int32).to(DEVICE)
-    rows = back[holder, pair].float().view(tokens, k, width)
-    total = rows[:, 0]
-    for i in range(1, k):
-        total = total + rows[:, i]
-    return back, ids.squeeze(-1), total
+
+    def __init__(self, case: tuple[int, ...], kind: torch.dtype) -> None:
+        tokens, k, _, shards, _, width = case
+        form = FixedForm(width, kind, k, shards)
+        size, room = form.to_home(tokens, True), tokens * k
+        wide = torch.zeros(shards, size + 64, dtype=torch.uint8, device=DEVICE)
+        self.back, places, _ = form.split(wide[:, :size], room, (tokens * k, 1))
+        self.back.copy_(random(shards, room, width))
+        self.places, self.k = places.squeeze(-1), k
+        self.places.fill_(-1)
+        rows = []
+        for pair, holder in enumerate(torch.randint(shards, (tokens * k,)).tolist()):
+            place = int((self.places[holder] >= 0).sum())
+            self.places[holder, pair] = place
+            rows.append(self.back[holder, place].float())
+        each = torch.stack(rows).view(tokens, k, width) if rows else torch.zeros(0, k, width)
+        self.total = each[:, 0]
+        for i in range(1, k):
+            self.total = self.total + each[:, i]
+
+    def add(self, run: object, room: int | None = None) -> tuple[Tensor, bool]:
+        crowded = torch.zeros((), dtype=torch.int32, device=DEVICE)
+        some = self.back[:, :room]
+        return run(some, self.places, self.k, crowded), bool(crowded)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_written_out(case: tuple[int, ...], kind: torch.dtype) -> None:
-    back, ids, total = answers(case, kind)
-    assert torch.equal(sum_of_shards.reference(back, ids, case[1]), total)
+    some = Answers(case, kind)
+    total, crowded = some.add(sum_of_shards.reference)
+    assert torch.equal(total, some.total)
+    assert not crowded
 
 
 @pytest.mark.triton
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_twin_adds_to_the_same_bits(case: tuple[int, ...], kind: torch.dtype) -> None:
-    back, ids, total = answers(case, kind)
-    assert torch.equal(twin(sum_of_shards)(back, ids, case[1]), total)  # type: ignore[operator]
+    some = Answers(case, kind)
+    total, crowded = some.add(twin(sum_of_shards))
+    assert torch.equal(total, some.total)
+    assert not crowded
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("pick", [lambda kernel: kernel.reference, twin])
+def test_what_had_no_room_is_told(pick: Callable[[object], object]) -> None:
+    run, some = pick(sum_of_shards), Answers(CASES[2], torch.bfloat16)
+    needed = int(some.places.max()) + 1
+    assert some.add(run, needed)[1] is False
+    assert some.add(run, needed - 1)[1] is True
 
 
 @pytest.mark.triton
 def test_no_rows() -> None:
     case = (0, 2, 8, 3, 1, 40)
     check(twin(hand_out), case, torch.float32, 0)
-    back, ids, _ = answers(case, torch.float32)
-    assert twin(sum_of_shards)(back, ids, 2).shape == (0, 40)  # type: ignore[operator]
+    assert Answers(case, torch.float32).add(twin(sum_of_shards))[0].shape == (0, 40)

@@ -38,7 +38,9 @@ def started(device: str, count: int) -> Any:
 
 
 def arguments(device: str, count: int) -> argparse.Namespace:
-    return argparse.Namespace(model=DEMO, layers=8, device=device, gpus=count)
+    return argparse.Namespace(
+        model=DEMO, layers=8, device=device, gpus=count, layouts=[], micro_batches=2
+    )
 
 
 @pytest.mark.parametrize(("device", "count"), HERE)
