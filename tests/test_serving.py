@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,25 +101,24 @@ class Served:
         self.until(reached)
 
 
-@pytest.fixture(scope="module")
-def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    state = tmp_path_factory.mktemp("state")
+@contextmanager
+def serving(model: Path, state: Path, *settings: str, limit_s: float = 200) -> Iterator[Served]:
+    """`whalepod up` with these settings, and its end."""
     http_port, grpc_port = free_port(), free_port()
     before = {k: os.environ.get(k) for k in ("WHALEPOD_STATE", "RAY_AUTH_TOKEN_PATH")}
     os.environ["WHALEPOD_STATE"] = str(state)
-    up = [
-        *(sys.executable, "-m", "whalepod", "up", "--model", str(tiny)),
-        *("--set", f"server.http_port={http_port}", "--set", f"server.grpc_port={grpc_port}"),
-        *("--set", "topology.experts=2", "--set", "server.max_body_bytes=1000000"),
-    ]
-    done = subprocess.run(up, capture_output=True, text=True, timeout=200)
+    up = [sys.executable, "-m", "whalepod", "up", "--model", str(model)]
+    ports = f"server.http_port={http_port}", f"server.grpc_port={grpc_port}"
+    for setting in (*ports, *settings):
+        up += ["--set", setting]
+    done = subprocess.run(up, capture_output=True, text=True, timeout=limit_s)
     try:
         assert done.returncode == 0, done.stderr
         cluster = localcluster.running()
         assert cluster is not None
         dashboard = Dashboard(cluster.dashboard, localcluster.use_token(cluster))
         http = f"http://127.0.0.1:{http_port}"
-        yield Served(state, http, f"127.0.0.1:{grpc_port}", tiny, dashboard)
+        yield Served(state, http, f"127.0.0.1:{grpc_port}", model, dashboard)
     finally:
         if (cluster := localcluster.running()) is not None:
             localcluster.stop(cluster)
@@ -127,6 +127,13 @@ def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+@pytest.fixture(scope="module")
+def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    state = tmp_path_factory.mktemp("state")
+    with serving(tiny, state, "topology.experts=2", "server.max_body_bytes=1000000") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
