@@ -18,6 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -180,6 +181,11 @@ def open_lanes(stores: Sequence[object], rank: int, size: int) -> list[object]:
     # Nothing here is reduced on the way; setting NVLink's multicast up would cost memory and time.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     made = [group_class(store, rank, size, group_class.Options()) for store in stores]
+    # At once: one takes a good part of a second, and streams stand still meanwhile. No kernel of this
+    # member waits for others yet, which what a communicator allocates could in turn wait for.
+    here = torch.device("cuda", torch.cuda.current_device())
+    with ThreadPoolExecutor(len(made)) as pool:
+        list(pool.map(lambda group: group.eager_connect_single_device(here), made[:-1]))
     ones = [1] * size
     data = torch.zeros(size, dtype=torch.uint8, device="cuda")
     for group in made[:-1]:
