@@ -48,11 +48,18 @@ def tokens(tiny: Path, topology: dict[str, Any], device: str) -> dict[str, list[
     return out
 
 
+@pytest.fixture(scope="module")
+def on_cpu(tiny: Path) -> dict[str, list[int]]:
+    return tokens(tiny, {"layout": "single"}, "cpu")
+
+
 @pytest.mark.parametrize("name", [None, *LAYOUTS])
-def test_layouts_on_cuda_give_the_tokens_of_the_cpu(name: str | None, tiny: Path) -> None:
+def test_layouts_on_cuda_give_the_tokens_of_the_cpu(
+    name: str | None, tiny: Path, on_cpu: dict[str, list[int]]
+) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     topology = LAYOUTS[name] if name else {"layout": "single"}
-    assert tokens(tiny, topology, "cuda") == tokens(tiny, {"layout": "single"}, "cpu")
+    assert tokens(tiny, topology, "cuda") == on_cpu
 
 
 def drawn(device: str, **changes: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
