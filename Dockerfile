@@ -2,7 +2,8 @@
 # Plain instructions only (no BuildKit extensions), so that docker, podman, buildah and kaniko build it.
 #
 # CPU (default):  BASE_IMAGE=debian, TORCH_INDEX=PyTorch's CPU wheels
-# GPU:            BASE_IMAGE=nvidia/cuda:...-base-ubuntu24.04, TORCH_INDEX="" (PyPI's CUDA wheels), EXTRAS=[gpu]
+# GPU:            BASE_IMAGE=nvidia/cuda:...-base-ubuntu24.04, TORCH_INDEX="" (PyPI's CUDA wheels), EXTRAS=[gpu],
+#                 RUNTIME_PACKAGES="gcc libc6-dev python3-dev" (Triton compiles its launchers where they run)
 ARG BASE_IMAGE=docker.io/library/debian:12.12-slim
 
 # -- wheels are unpacked here; nothing of this stage but /opt/whalepod and /models goes on ---------
@@ -38,11 +39,12 @@ LABEL org.opencontainers.image.title="whalepod" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}"
-# libibverbs: NCCL loads it when a node has RDMA devices.
-# hadolint ignore=DL3008
+ARG RUNTIME_PACKAGES=
+# libibverbs: NCCL loads it when a node has RDMA devices. The last variable is several words.
+# hadolint ignore=DL3008,SC2086
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
-        bash ca-certificates grep ibverbs-providers libibverbs1 python3 wget \
+        bash ca-certificates grep ibverbs-providers libibverbs1 python3 wget ${RUNTIME_PACKAGES} \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --non-unique --gid 1000 whalepod \
     && useradd --non-unique --uid 1000 --gid 1000 --create-home --shell /bin/bash whalepod

@@ -8,7 +8,8 @@ VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/whalepod/__init__.
 REVISION = $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 IMAGE ?= whalepod:$(VERSION)$(if $(CUDA),-cuda)
 CUDA_ARGS := --build-arg BASE_IMAGE=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.04 \
-	--build-arg TORCH_INDEX= --build-arg EXTRAS=[gpu]
+	--build-arg TORCH_INDEX= --build-arg EXTRAS=[gpu] \
+	--build-arg RUNTIME_PACKAGES="gcc libc6-dev python3-dev"
 IMAGE_ARGS ?= $(if $(CUDA),$(CUDA_ARGS))
 export OMP_NUM_THREADS ?= 1
 

@@ -11,6 +11,7 @@ from whalepod.engine.expert import ExpertShard, Held, Loaded, fill
 from whalepod.engine.grammar import Grammars
 from whalepod.engine.router import Router
 from whalepod.errors import ConfigError
+from whalepod.kernels.jit import what_is_missing
 from whalepod.kernels.registry import load_twins
 from whalepod.model.cache import Format
 from whalepod.model.checkpoint import Checkpoint
@@ -34,6 +35,9 @@ class Source:
         device: where weights go.
         packed: keep matrices as the checkpoint stores them, for kernels that widen them; None does
             so on GPUs.
+
+    Raises:
+        ConfigError: a GPU's kernels cannot be compiled here.
     """
 
     def __init__(
@@ -44,6 +48,8 @@ class Source:
         packed: bool | None = None,
     ) -> None:
         self.checkpoint, self.device = checkpoint, torch.device(device)
+        if self.device.type == "cuda" and (lacking := what_is_missing()):
+            raise ConfigError(f"this GPU's kernels cannot be compiled: {lacking}")
         self.config: ModelConfig = checkpoint.config
         self.dtype = DTYPES[model.dtype]
         self.fidelity = Fidelity(model.fidelity)
