@@ -228,11 +228,12 @@ def prefill_kernel(
     q, new, rings, pool, rows, table, seen, slots, positions, starts, sequences, sink, turns, out,
     scratch, listed, width, scale, T, FIRST, HEADS, H: gl.constexpr, D: gl.constexpr, RD: gl.constexpr,
     W: gl.constexpr, BN: gl.constexpr, PER: gl.constexpr, LISTED: gl.constexpr,
-    SPLIT: gl.constexpr,
+    SPLIT: gl.constexpr, NEW: gl.constexpr,
 ):  # fmt: skip
     """Each program takes queries one after the other; `scratch` holds its folded parts.
 
-    Query 0 is row `FIRST` of `new`.
+    Query 0 is row `FIRST` of `new`. Without NEW, queries decode: their keys are in rings, and each is a
+    sequence of its own.
     """
     L: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32] if D >= 256 else [2, 16], [8, 1], [1, 0])
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BN // 2, 16])
@@ -255,7 +256,9 @@ def prefill_kernel(
         if LISTED:
             entries = gl.minimum(entries, listed)
         tiles = RT + gl.cdiv(entries, BN)
-        where, own = t if LISTED else gl.load(sequences + t).to(gl.int32), FIRST + t
+        where, own = t, FIRST + t
+        if NEW and not LISTED:
+            where = gl.load(sequences + t).to(gl.int32)
         barrier()
         read_query(query, q, t, block, HEADS, H, D, L)
         m = gl.load(sink + head, mask=head < HEADS, other=0.0) * 1.4426950408889634
@@ -264,7 +267,7 @@ def prefill_kernel(
             high, part, acc = attend(
                 query, buffers, own, where, first, gl.minimum(first + SPLIT, tiles), position,
                 gl.load(slots + t), position - gl.load(starts + t).to(gl.int32), entries, rings,
-                pool, new, rows, listed, table, width, scale, H, D, W, BN, PER, LISTED, True, L,
+                pool, new, rows, listed, table, width, scale, H, D, W, BN, PER, LISTED, NEW, L,
                 SCORES, SUMS,
             )  # fmt: skip
             m, total, a, b = fold(m, total, high, part)

@@ -191,11 +191,12 @@ def prefill_kernel(
     q, new, rings, pool, rows, table, seen, slots, positions, starts, sequences, sink, turns, out,
     scratch, listed, width, scale, T, FIRST, HEADS, H: tl.constexpr, D: tl.constexpr, RD: tl.constexpr,
     W: tl.constexpr, BN: tl.constexpr, PER: tl.constexpr, LISTED: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, NEW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Each program takes queries one after the other; `scratch` holds its folded parts.
 
-    Query 0 is row `FIRST` of `new`.
+    Query 0 is row `FIRST` of `new`. Without NEW, queries decode: their keys are in rings, and each is a
+    sequence of its own.
     """
     RT: tl.constexpr = (W + BN - 1) // BN
     lane = tl.arange(0, H)
@@ -216,10 +217,10 @@ def prefill_kernel(
         total = tl.full([H], 1.0, tl.float32)
         for first in range(0, tiles, SPLIT):
             high, part, acc = attend(
-                query, t, FIRST + t, tl.load(sequences + t), first, tl.minimum(first + SPLIT, tiles),
-                position, tl.load(slots + t), position - tl.load(starts + t).to(tl.int32), entries, rings,
-                pool, new, rows, listed, table, width, scale, H, D, W, BN, PER, LISTED, True,
-                STAGES,
+                query, t, FIRST + t, tl.load(sequences + t) if NEW else t, first,
+                tl.minimum(first + SPLIT, tiles), position, tl.load(slots + t),
+                position - tl.load(starts + t).to(tl.int32), entries, rings, pool, new, rows, listed,
+                table, width, scale, H, D, W, BN, PER, LISTED, NEW, STAGES,
             )  # fmt: skip
             m, total, a, b = fold(m, total, high, part)
             acc = acc * b

@@ -29,6 +29,7 @@ class Tiles:
         split: tiles that are summed in one run.
         warps, stages: of a program.
         gluon: overlap copies and products where the device can.
+        whole: let one program take all parts of a query, or each a program; None chooses. The same bits.
     """
 
     keys: int = 64
@@ -36,6 +37,7 @@ class Tiles:
     warps: int = 8
     stages: int = 2
     gluon: bool = True
+    whole: bool | None = None
 
 
 TILES = Tiles()
@@ -109,10 +111,21 @@ def _decode(
     blocks = triton.cdiv(heads, h)
     parts = triton.cdiv(triton.cdiv(w, tiles.keys) + triton.cdiv(most, tiles.keys), tiles.split)
     out = torch.empty_like(q_NHD)
+    cut = {"H": h, "D": d, "RD": rd, "W": w, "BN": tiles.keys, "SPLIT": tiles.split}
+    many, items = processors(q_NHD.device), n * blocks
+    one = _whole_pays(items, parts, many, tiles.split) if tiles.whole is None else tiles.whole
+    if parts > 1 and one:
+        programs = min(items, many)
+        scratch = torch.empty(programs * h, d, dtype=torch.float32, device=q_NHD.device)
+        source.prefill_kernel[(programs,)](
+            q=q_NHD, new=rings, rings=rings, slots=slots_N, positions=positions_N, starts=positions_N,
+            sequences=slots_N, sink=sink_H, turns=turns, out=out, scratch=scratch, scale=scale_of(d),
+            T=n, FIRST=0, HEADS=heads, NEW=False, **extra, **kinds, **cut,
+        )  # fmt: skip
+        return out
     size = n * parts * blocks * h if parts > 1 else 1
     sums = torch.empty(size, d, dtype=torch.float32, device=q_NHD.device)
     stats = torch.empty(size, 2, dtype=torch.float32, device=q_NHD.device)
-    cut = {"H": h, "D": d, "RD": rd, "W": w, "BN": tiles.keys, "SPLIT": tiles.split}
     source.decode_kernel[(blocks, parts, n)](
         q=q_NHD, rings=rings, slots=slots_N, positions=positions_N, sink=sink_H, turns=turns,
         out=out, parts=sums, stats=stats, scale=scale_of(d), HEADS=heads, ALONE=parts == 1,
@@ -125,6 +138,23 @@ def _decode(
             num_warps=4, **cut,
         )  # fmt: skip
     return out
+
+
+def processors(device: torch.device) -> int:
+    """How many programs run at once."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _whole_pays(items: int, parts: int, many: int, split: int) -> bool:
+    """Whether to let one program take all parts of an item, in tiles that programs do one after the other.
+
+    Parts apart occupy a GPU with few items; their sums are written and read again, about a seventieth of a
+    tile's time each.
+    """
+    apart = triton.cdiv(items * parts, many) * split + items * parts / 70
+    return bool(triton.cdiv(items, many) * parts * split < apart)
 
 
 def scale_of(dims: int) -> float:

@@ -14,6 +14,7 @@ from whalepod.kernels.decode_attention_triton import (
     fits,
     head_block,
     kernels,
+    processors,
     scale_of,
     sources,
 )
@@ -89,7 +90,7 @@ def _launch(
     w, rd = rings.shape[1], 2 * turns_TP.shape[1]
     parts = triton.cdiv(triton.cdiv(w, tiles.keys) + triton.cdiv(most, tiles.keys), tiles.split)
     items = count * triton.cdiv(heads, h)
-    programs = items if parts == 1 else min(items, _processors(q_THD.device))
+    programs = items if parts == 1 else min(items, processors(q_THD.device))
     size = 1 if parts == 1 else programs * h
     scratch = torch.empty(size, d, dtype=torch.float32, device=q_THD.device)
     turns = torch.view_as_real(turns_TP[part]).contiguous()
@@ -98,11 +99,5 @@ def _launch(
         q=q_THD[part], new=new_TD, rings=rings, slots=slots_T[part], positions=positions_T[part],
         starts=starts_T[part], sequences=sequences_T[part], sink=sink_H, turns=turns,
         out=out[part], scratch=scratch, scale=scale_of(d), T=count, FIRST=first, HEADS=heads, H=h,
-        D=d, RD=rd, W=w, BN=tiles.keys, SPLIT=tiles.split, **extra, **kinds,
+        D=d, RD=rd, W=w, BN=tiles.keys, SPLIT=tiles.split, NEW=True, **extra, **kinds,
     )  # fmt: skip
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 3
-    return torch.cuda.get_device_properties(device).multi_processor_count

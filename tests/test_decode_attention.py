@@ -9,6 +9,7 @@ import torch
 from attention_cases import DEVICE, WINDOW, Case, packed, random_case
 
 from whalepod.kernels.decode_attention import Entries, decode_attention
+from whalepod.kernels.decode_attention_triton import Tiles, _whole_pays
 from whalepod.kernels.jit import triton
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -93,6 +94,24 @@ def test_a_row_alone_has_the_same_bits() -> None:
                 width = max(1, -(-seen[i] // one.entries.per))
                 one.entries = replace(one.entries, table_SB=one.entries.table_SB[:, :width])
             assert torch.equal(run(one, "triton")[0], together[i])
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(triton is None, reason="no Triton here")
+@pytest.mark.parametrize("shape", ["table", "listed", "long"])
+def test_one_program_for_all_parts_has_the_bits_of_parts_apart(shape: str) -> None:
+    positions, seen, listed = SHAPES[shape]
+    case = random_case(positions, seen, listed=listed, dtype=DTYPE, heads=6)
+    call = decode_attention.pick(DEVICE)
+    given = case.q, case.rings, case.slots, case.positions, case.entries, case.sink, case.turns
+    whole, apart = (call(*given, Tiles(split=2, whole=one)) for one in (True, False))  # type: ignore[call-arg]
+    assert torch.equal(whole, apart)
+    assert distance(whole, exactly(case)) < LIMIT
+
+
+def test_many_queries_get_a_program_each() -> None:
+    wanted = {(64, 2): False, (128, 2): True, (512, 2): True, (128, 4): True, (64, 7): False}
+    assert {k: _whole_pays(*k, 132, 5) for k in wanted} == wanted
 
 
 @pytest.mark.triton
