@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from whalepod.kernels.counters import zeros
 from whalepod.kernels.entries import Storage
 from whalepod.kernels.entries_triton import layout, put_rows
 from whalepod.kernels.jit import FIXED, jit, tl, triton
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 # Slots times channels of a program, and threads for it.
 _TILE, _WARPS = 8192, 8
-_counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 @jit
@@ -176,16 +176,6 @@ def chunk_kernel(
         )  # fmt: skip
 
 
-def _zeros(device: torch.device, count: int) -> Tensor:
-    """Counters that every launch leaves at zero; one set for each stream."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    found = _counters.get((device, stream))
-    if found is None or len(found) < count:
-        found = torch.zeros(max(1024, count), dtype=torch.int32, device=device)
-        _counters[device, stream] = found
-    return found
-
-
 def _shared(rows: Tensor, how: Pooling, storage: Storage, pairs: int, many: int) -> dict[str, Any]:
     """Keyword arguments that both kernels take, for `many` windows."""
     size, slots = len(how.norm_D), how.slots
@@ -194,7 +184,7 @@ def _shared(rows: Tensor, how: Pooling, storage: Storage, pairs: int, many: int)
     parts = triton.cdiv(spread["WIDTH"], cols)
     return spread | {
         "pools": rows.new_empty(many, size),
-        "counters": _zeros(rows.device, many) if parts > 1 else None,
+        "counters": zeros(rows.device, many) if parts > 1 else None,
         "RATIO": how.ratio,
         "J": slots,  # a power of two
         "EPS": how.eps,

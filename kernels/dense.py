@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels import dense_wide
+from whalepod.kernels.counters import zeros
 from whalepod.kernels.jit import INTERPRETED, triton
 from whalepod.kernels.overlap import early
 
 Kind = Literal["fp8", "quant", "bf16"]
 
-_BLOCK, _PROGRAMS, _APART_ROWS, _WIDE = 128, 264, 128, 512
+_BLOCK, _PROGRAMS, _APART_ROWS = 128, 264, 128
 Tile = tuple[int, int, int, int]  # outputs, rows, warps, stages
 _SMALL: tuple[Tile, ...] = ((64, 16, 4, 4), (64, 32, 4, 4), (64, 64, 4, 4))
 _LARGE: dict[Kind, Tile] = {
@@ -73,20 +74,17 @@ def dense(
         return out if whole or parts else x.new_empty(0, groups * outputs, dtype=dtype)
     n, m, warps, stages = tile_of(kind, rows, outputs, x.dtype == torch.float32)
     exact = INTERPRETED or x.dtype == torch.float32
-    dense_kernel[(triton.cdiv(outputs, n) * triton.cdiv(rows, m), chunks if apart else 1, groups)](
-        x, w if scales is None else scales, w, w if w_scales is None else w_scales, out, rows,
-        N=outputs, COLUMNS=columns, KIND=kind, GROUPS=groups, CHUNK=chunk, APART=apart,
+    tiles, join = triton.cdiv(outputs, n) * triton.cdiv(rows, m), apart and not parts
+    made = x.new_empty(rows, groups * outputs, dtype=dtype) if join else out
+    dense_kernel[(tiles, chunks if apart else 1, groups)](
+        x, w if scales is None else scales, w, w if w_scales is None else w_scales, out, made,
+        zeros(x.device, tiles * groups) if join else None, rows,
+        N=outputs, COLUMNS=columns, KIND=kind, GROUPS=groups, CHUNK=chunk, APART=apart, JOIN=join,
         BN=n, BM=m, EXACT=exact, num_warps=warps, num_stages=stages,
         **early(),
     )  # fmt: skip
-    if not apart or parts:
-        return out
-    made = x.new_empty(rows, groups * outputs, dtype=dtype)
-    sum_kernel[(triton.cdiv(made.numel(), _WIDE),)](
-        out, made, made.numel(), CHUNKS=chunks, WIDE=_WIDE, EXACT=exact, num_warps=2, **early()
-    )
     return made
 
 
 if triton is not None:
-    from whalepod.kernels.dense_triton import dense_kernel, sum_kernel
+    from whalepod.kernels.dense_triton import dense_kernel

@@ -3,7 +3,8 @@
 A program computes N outputs by M rows, the weights being the first operand, so few rows waste little.
 K is cut into blocks of 128 and these into chunks whose borders depend on the matrix alone: a chunk is
 summed in order of K, then the chunks are added in order. With few rows the chunks are computed by
-programs of their own (APART) and added by `sum_kernel`, with many one after the other: the same bits.
+programs of their own (APART), and the last of a tile's programs to finish adds them (JOIN); it knows by a
+counter that it leaves at zero again. With many rows a program does them one after the other: the same bits.
 
 KIND is what a block's step does:
   "fp8":   words of two E4M3 codes, widened to bf16 in registers (see `fp8_linear.py`), bf16 inputs;
@@ -117,8 +118,8 @@ def _step(
 
 @jit
 def dense_kernel(
-    x, xs, w, ws, out, M, N: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr,
-    GROUPS: tl.constexpr, CHUNK: tl.constexpr, APART: tl.constexpr,
+    x, xs, w, ws, out, made, counters, M, N: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr,
+    GROUPS: tl.constexpr, CHUNK: tl.constexpr, APART: tl.constexpr, JOIN: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, EXACT: tl.constexpr,
     EARLY: tl.constexpr = False,
 ):  # fmt: skip
@@ -153,20 +154,19 @@ def dense_kernel(
             for b in range(first, tl.minimum(first + CHUNK, BLOCKS)):
                 acc = _step(acc, b, x, xs, w, ws, n, live, N, COLUMNS, KIND, EXACT)
             total += acc
-    kind = out.dtype.element_ty
-    out += (chunk.to(tl.int64) * M + m)[None, :] * (GROUPS * N) + (group * N + n)[:, None]
-    tl.store(out, rounded(total, kind, EXACT), mask=live[None, :] & (n < N)[:, None])
-
-
-@jit
-def sum_kernel(
-    parts, out, size, CHUNKS: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
-    EARLY: tl.constexpr = False,
-):  # fmt: skip
-    """`out[i] = parts[0, i] + parts[1, i] + ...`, one after the other."""
-    begin(EARLY)
-    i = tl.program_id(0).to(tl.int64) * WIDE + tl.arange(0, WIDE)
-    total = tl.load(parts + i, mask=i < size, other=0.0)
-    for c in tl.static_range(1, CHUNKS):
-        total += tl.load(parts + c * size + i, mask=i < size, other=0.0)
-    tl.store(out + i, rounded(total, out.dtype.element_ty, EXACT), mask=i < size)
+    inside = live[None, :] & (n < N)[:, None]
+    place = m.to(tl.int64)[None, :] * (GROUPS * N) + (group * N + n)[:, None]
+    size = M.to(tl.int64) * (GROUPS * N)
+    tl.store(out + chunk * size + place, rounded(total, out.dtype.element_ty, EXACT), mask=inside)
+    if JOIN:
+        CHUNKS: tl.constexpr = (BLOCKS + CHUNK - 1) // CHUNK
+        tl.debug_barrier()
+        counter = counters + group * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(counter, 1, sem="acq_rel") == CHUNKS - 1:
+            total = tl.load(out + place, mask=inside, other=0.0, cache_modifier=".cg")
+            for c in tl.static_range(1, CHUNKS):  # all are on their way before the first is added
+                total += tl.load(
+                    out + c * size + place, mask=inside, other=0.0, cache_modifier=".cg"
+                )
+            tl.store(made + place, rounded(total, made.dtype.element_ty, EXACT), mask=inside)
+            tl.store(counter, 0)
