@@ -156,7 +156,7 @@ def dense_kernel(
             total += acc
     inside = live[None, :] & (n < N)[:, None]
     place = m.to(tl.int64)[None, :] * (GROUPS * N) + (group * N + n)[:, None]
-    size = M.to(tl.int64) * (GROUPS * N)
+    size = tl.full([], GROUPS * N, tl.int64) * M
     tl.store(out + chunk * size + place, rounded(total, out.dtype.element_ty, EXACT), mask=inside)
     if JOIN:
         CHUNKS: tl.constexpr = (BLOCKS + CHUNK - 1) // CHUNK
