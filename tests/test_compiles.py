@@ -1,0 +1,98 @@
+"""Kernels compile for a Hopper GPU, with what launches specialise, on a machine without one.
+
+The interpreter runs the same source and never sees what a compiler does: a size of 1 that becomes a
+constant, types that two branches disagree on, operations that a target lacks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from whalepod.kernels.jit import INTERPRETED, triton
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(triton is None or INTERPRETED, reason="no Triton that compiles here"),
+]
+BF16, FP32, I16, I32, I64 = "*bf16", "*fp32", "*i16", "*i32", "*i64"
+Types = dict[str, str]
+
+
+def compiled(function: Any, types: Types, constants: dict[str, Any], **options: int) -> Any:
+    """Compile for sm_90; pointers are multiples of 16, and sizes "i32:16", as in a model."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import (
+        GluonASTSource,
+        GluonJITFunction,
+    )
+
+    names = function.arg_names
+    types = {name: "constexpr" if name in constants else types[name] for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in types.items()
+        if kind.startswith("*") or kind.endswith(":16")
+    }
+    types = {name: kind.removesuffix(":16") for name, kind in types.items()}
+    source = GluonASTSource if isinstance(function, GluonJITFunction) else ASTSource
+    target = GPUTarget("cuda", 90, 32)
+    return triton.compile(source(function, types, values, aligned), target=target, options=options)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("kind", ["fp8", "bf16"])
+def test_products_of_few_rows(kind: str, rows: int) -> None:
+    from whalepod.kernels.dense_triton import dense_kernel
+
+    w, scales = (I16, FP32) if kind == "fp8" else (BF16, BF16)
+    types = {"x": BF16, "xs": w, "w": w, "ws": scales, "out": FP32, "made": BF16, "counters": I32}
+    few: dict[str, Any] = {"M": 1} if rows == 1 else {}
+    constants = {
+        **{"N": 1536, "COLUMNS": 4096, "KIND": kind, "GROUPS": 1, "CHUNK": 4, "APART": True},
+        **{"JOIN": True, "BN": 64, "BM": 16, "EXACT": False, "EARLY": True, **few},
+    }
+    made = compiled(dense_kernel, {**types, "M": "i32"}, constants, num_warps=4, num_stages=4)
+    assert "wgmma" in made.asm["ptx"]
+    assert "atom" in made.asm["ptx"]
+
+
+def test_messages_of_fixed_sizes() -> None:
+    from whalepod.kernels import hand_back, hand_out
+
+    rest = {"K": 6, "WIDE": 1024, "EARLY": True}
+    table = {"COLUMNS": hand_back.COLUMNS, "ITEM": 2, "EVEN": 8, **rest}
+    types = {"ints": I32, "table": I64, "x": BF16, "ids": I32, "bits": I32, "D": "i32:16"}
+    taken = compiled(hand_back._take_in_kernel, {"came": BF16, **types}, {"KP": 8, **table})
+    assert "ld.global.v4" in taken.asm["ptx"], "rows are read sixteen bytes at a time"
+    types |= {"came": I32, "out": BF16, "data": BF16}
+    back = compiled(hand_back._hand_back_kernel, types, {"AT_ONCE": 256, **table})
+    assert "st.global.v4" in back.asm["ptx"]
+    types = {"x": BF16, "experts": I64, "weights": FP32, "holders": I64, "shards": I64}
+    types |= dict.fromkeys(("out_step", "ids_step", "D"), "i32:16") | {"first": "i32", "out": BF16}
+    types |= dict.fromkeys(("ids", "bits", "seals", "seal"), I32) | {"counts": I64}
+    out = compiled(hand_out._hand_out_kernel, types, {"KP": 8, "R": 1, **rest})
+    assert "st.global.v4" in out.asm["ptx"]
+    types = {"back": BF16, "places": I32, "crowded": I32, "out": FP32}
+    types |= dict.fromkeys(("back_step", "places_step", "D"), "i32:16")
+    added = compiled(hand_out._sum_kernel, types, {"room": 1, "S": 4, **rest})
+    assert "ld.global.v4" in added.asm["ptx"]
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize("listed", [True, False])
+def test_attention_in_gluon(new: bool, listed: bool) -> None:
+    from whalepod.kernels.attention_gluon import prefill_kernel
+
+    types = dict.fromkeys(("q", "new", "rings", "pool", "out"), BF16)
+    types |= dict.fromkeys(("rows", "table", "seen"), I32)
+    types |= dict.fromkeys(("slots", "positions", "starts", "sequences"), I64)
+    types |= dict.fromkeys(("sink", "turns", "scratch"), FP32) | {"scale": "fp32"}
+    types |= dict.fromkeys(("listed", "width", "T", "FIRST", "HEADS"), "i32")
+    sizes = {"H": 64, "D": 512, "RD": 64, "W": 128, "BN": 64, "PER": 1 if listed else 32}
+    constants = {**sizes, "LISTED": listed, "SPLIT": 5, "NEW": new}
+    made = compiled(prefill_kernel, types, constants, num_warps=8)
+    assert made.metadata.shared <= 227 << 10, "what a Hopper processor has"
