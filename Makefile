@@ -12,7 +12,7 @@ CUDA_ARGS := --build-arg BASE_IMAGE=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.0
 	--build-arg RUNTIME_PACKAGES="gcc libc6-dev python3-dev"
 IMAGE_ARGS ?= $(if $(CUDA),$(CUDA_ARGS))
 export OMP_NUM_THREADS ?= 1
-# How many processes run the tests that need no cluster.
+# How many processes run the slow tests that need no cluster.
 JOBS ?= 2
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
 
@@ -31,15 +31,15 @@ demo: $(VENV)/ready  ## start a local cluster, ask it over HTTP and gRPC; ONCE=1
 	$(BIN)/python bench/demo.py $(if $(ONCE),--once)
 
 test: $(VENV)/ready check  ## everything that runs without a GPU
-	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not ray and not slow and not gpu and not multigpu and not helm and not netns and not triton"
+	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu and not multigpu and not helm and not netns and not triton"
 	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "slow and not ray and not gpu and not multigpu and not helm and not netns and not triton"
 	$(MAKE) --no-print-directory test-triton
 	$(MAKE) --no-print-directory test-helm
 	$(BIN)/python -m pytest -q -m "ray"
 	$(MAKE) --no-print-directory test-netns
 
-test-quick: $(VENV)/ready  ## about two minutes
-	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not ray and not slow and not gpu and not multigpu and not helm and not netns and not triton"
+test-quick: $(VENV)/ready  ## two to three minutes
+	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu and not multigpu and not helm and not netns and not triton"
 
 test-ray: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m ray
