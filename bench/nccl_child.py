@@ -24,6 +24,9 @@ from whalepod.errors import EpochLost
 from whalepod.model.checkpoint import Checkpoint
 from whalepod.model.shape import ModelConfig
 
+# What device kernels are for, by a part of their names.
+KERNELS = {"nccl": "exchange", "gate_up": "experts", "down_kernel": "experts"}
+
 
 def sliced(layers: int) -> ModelConfig:
     """So many layers of V4-Flash, with both kinds of compressed attention where eight are few."""
@@ -139,13 +142,7 @@ def watch(seconds: float) -> dict[str, Any]:
             took = time.monotonic() - start
         for event in seen.key_averages():
             name, spent = event.key.lower(), event.self_device_time_total / 1e6
-            what = (
-                "exchange"
-                if "nccl" in name
-                else "experts"
-                if "gate_up" in name or "down_k" in name
-                else "other"
-            )
+            what = next((w for part, w in KERNELS.items() if part in name), "other")
             of[what] += spent / took
             each[event.key[:40]] = [round(spent / took, 4), event.count]
     else:

@@ -5,8 +5,8 @@
 
 Every member is a process with a GPU; this one makes epochs, as the controller does. Weights are random, of
 some layers of V4-Flash with all experts, the same in every process; `--model` reads a checkpoint instead, and
-`--device cpu` tries the program over gloo. `tokens` compares greedy tokens with the first layout's (`single`). `rates` counts
-tokens while every request decodes, the same requests on the same number of GPUs for `ep` and `afd`. `legs`
+`--device cpu` tries the program over gloo. `tokens` compares greedy tokens with the first layout's
+(`single`). `rates` counts tokens while every request decodes, the same requests on the same number of GPUs for `ep` and `afd`. `legs`
 says what the members' devices do meanwhile, `--kernels` by kernel: NCCL's include the time that they wait. `loss`
 ends an expert member's process by SIGKILL under streams, with every expert on two shards and on one.
 """
