@@ -18,6 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from whalepod.kernels.overlap_gluon import begin
+
 # Triton 3.7 has renamed it.
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
@@ -179,9 +181,10 @@ def decode_kernel(
     q, rings, pool, rows, table, seen, slots, positions, sink, turns, out, parts, stats, listed,
     width, scale, HEADS, H: gl.constexpr, D: gl.constexpr, RD: gl.constexpr, W: gl.constexpr,
     BN: gl.constexpr, PER: gl.constexpr, LISTED: gl.constexpr, SPLIT: gl.constexpr,
-    ALONE: gl.constexpr,
+    ALONE: gl.constexpr, EARLY: gl.constexpr = False,
 ):  # fmt: skip
     """Grid (head blocks, parts, T): one part; the whole where there is but one (`ALONE`)."""
+    begin(EARLY)
     L: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32] if D >= 256 else [2, 16], [8, 1], [1, 0])
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BN // 2, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
@@ -228,13 +231,14 @@ def prefill_kernel(
     q, new, rings, pool, rows, table, seen, slots, positions, starts, sequences, sink, turns, out,
     scratch, listed, width, scale, T, FIRST, HEADS, H: gl.constexpr, D: gl.constexpr, RD: gl.constexpr,
     W: gl.constexpr, BN: gl.constexpr, PER: gl.constexpr, LISTED: gl.constexpr,
-    SPLIT: gl.constexpr, NEW: gl.constexpr,
+    SPLIT: gl.constexpr, NEW: gl.constexpr, EARLY: gl.constexpr = False,
 ):  # fmt: skip
     """Each program takes queries one after the other; `scratch` holds its folded parts.
 
     Query 0 is row `FIRST` of `new`. Without NEW, queries decode: their keys are in rings, and each is a
     sequence of its own.
     """
+    begin(EARLY)
     L: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32] if D >= 256 else [2, 16], [8, 1], [1, 0])
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BN // 2, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])

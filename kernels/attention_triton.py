@@ -12,6 +12,7 @@ tiles, S sequences with a block table, K listed entries of a query.
 from __future__ import annotations
 
 from whalepod.kernels.jit import INTERPRETED, jit, tl
+from whalepod.kernels.overlap import begin
 
 # Its interpreter multiplies raw bits of bf16 operands.
 WIDE = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
@@ -128,9 +129,10 @@ def decode_kernel(
     q, rings, pool, rows, table, seen, slots, positions, sink, turns, out, parts, stats, listed,
     width, scale, HEADS, H: tl.constexpr, D: tl.constexpr, RD: tl.constexpr, W: tl.constexpr,
     BN: tl.constexpr, PER: tl.constexpr, LISTED: tl.constexpr, SPLIT: tl.constexpr,
-    ALONE: tl.constexpr, STAGES: tl.constexpr,
+    ALONE: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (head blocks, parts, T): one part; the whole where there is but one (`ALONE`)."""
+    begin(EARLY)
     RT: tl.constexpr = (W + BN - 1) // BN
     block, part, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     entries = tl.load(seen + t).to(tl.int32)
@@ -165,8 +167,10 @@ def decode_kernel(
 def combine_kernel(
     parts, stats, seen, most, sink, turns, out, count, blocks, HEADS, HB: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, RD: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (head blocks of HB, T): fold the parts of a query in order, starting from the sink."""
+    begin(EARLY)
     RT: tl.constexpr = (W + BN - 1) // BN
     t = tl.program_id(1)
     head = tl.program_id(0) * HB + tl.arange(0, HB)
@@ -191,13 +195,14 @@ def prefill_kernel(
     q, new, rings, pool, rows, table, seen, slots, positions, starts, sequences, sink, turns, out,
     scratch, listed, width, scale, T, FIRST, HEADS, H: tl.constexpr, D: tl.constexpr, RD: tl.constexpr,
     W: tl.constexpr, BN: tl.constexpr, PER: tl.constexpr, LISTED: tl.constexpr,
-    SPLIT: tl.constexpr, NEW: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, NEW: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Each program takes queries one after the other; `scratch` holds its folded parts.
 
     Query 0 is row `FIRST` of `new`. Without NEW, queries decode: their keys are in rings, and each is a
     sequence of its own.
     """
+    begin(EARLY)
     RT: tl.constexpr = (W + BN - 1) // BN
     lane = tl.arange(0, H)
     dims = tl.arange(0, D)[None, :]

@@ -18,6 +18,7 @@ from whalepod.kernels.entries import Storage
 from whalepod.kernels.entries_triton import layout, put_rows
 from whalepod.kernels.jit import FIXED, jit, tl, triton
 from whalepod.kernels.narrow import rounded
+from whalepod.kernels.overlap import begin, early
 from whalepod.kernels.rms_norm import normed
 from whalepod.kernels.rope import turned
 
@@ -90,9 +91,10 @@ def decode_kernel(
     PARTS: tl.constexpr, WINDOW_COLS: tl.constexpr, dense, data, wide, STRIDE: tl.constexpr,
     COUNT: tl.constexpr, DATA: tl.constexpr, SCALES: tl.constexpr, D: tl.constexpr,
     PAIRS: tl.constexpr, ROUNDING: tl.constexpr, PAGED: tl.constexpr, KIND: tl.constexpr,
-    FACTOR: tl.constexpr, CUTS: tl.constexpr, WIDTH: tl.constexpr,
+    FACTOR: tl.constexpr, CUTS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """One row and some channels; the window's other rows come from the ring."""
+    begin(EARLY)
     n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     OVERLAP: tl.constexpr = RATIO == 4
     C: tl.constexpr = 2 * D if OVERLAP else D
@@ -142,9 +144,10 @@ def chunk_kernel(
     WINDOW_COLS: tl.constexpr, dense, data, wide, STRIDE: tl.constexpr, COUNT: tl.constexpr,
     DATA: tl.constexpr, SCALES: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
     ROUNDING: tl.constexpr, PAGED: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr,
-    CUTS: tl.constexpr, WIDTH: tl.constexpr,
+    CUTS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """One window and some channels: each element of the rows is read, biased and pooled once."""
+    begin(EARLY)
     made, part = tl.program_id(0), tl.program_id(1)
     OVERLAP: tl.constexpr = RATIO == 4
     C: tl.constexpr = 2 * D if OVERLAP else D
@@ -191,6 +194,7 @@ def _shared(rows: Tensor, how: Pooling, storage: Storage, pairs: int, many: int)
         "PARTS": parts,
         "WINDOW_COLS": cols,
         **FIXED,
+        **early(),
         "num_warps": max(1, _WARPS * cols * slots // _TILE),
     }
 

@@ -18,6 +18,7 @@ from whalepod.kernels.decode_attention import (
     widened_rings,
 )
 from whalepod.kernels.jit import INTERPRETED, on_hopper, runs, triton
+from whalepod.kernels.overlap import early
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def _decode(
         source.prefill_kernel[(programs,)](
             q=q_NHD, new=rings, rings=rings, slots=slots_N, positions=positions_N, starts=positions_N,
             sequences=slots_N, sink=sink_H, turns=turns, out=out, scratch=scratch, scale=scale_of(d),
-            T=n, FIRST=0, HEADS=heads, NEW=False, **extra, **kinds, **cut,
+            T=n, FIRST=0, HEADS=heads, NEW=False, **extra, **kinds, **cut, **early(),
         )  # fmt: skip
         return out
     size = n * parts * blocks * h if parts > 1 else 1
@@ -129,13 +130,13 @@ def _decode(
     source.decode_kernel[(blocks, parts, n)](
         q=q_NHD, rings=rings, slots=slots_N, positions=positions_N, sink=sink_H, turns=turns,
         out=out, parts=sums, stats=stats, scale=scale_of(d), HEADS=heads, ALONE=parts == 1,
-        **extra, **kinds, **cut,
+        **extra, **kinds, **cut, **early(),
     )  # fmt: skip
     if parts > 1:
         few = min(8, h)
         combine_kernel[(triton.cdiv(heads, few), n)](
             sums, stats, kinds["seen"], most, sink_H, turns, out, parts, blocks, heads, HB=few,
-            num_warps=4, **cut,
+            num_warps=4, **cut, **early(),
         )  # fmt: skip
     return out
 

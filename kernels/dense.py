@@ -15,6 +15,7 @@ from whalepod.kernels.overlap import early
 Kind = Literal["fp8", "quant", "bf16"]
 
 _BLOCK, _PROGRAMS, _APART_ROWS = 128, 264, 128
+_JOIN_ROWS, _WIDE = 32, 512
 Tile = tuple[int, int, int, int]  # outputs, rows, warps, stages
 _SMALL: tuple[Tile, ...] = ((64, 16, 4, 4), (64, 32, 4, 4), (64, 64, 4, 4))
 _LARGE: dict[Kind, Tile] = {
@@ -25,8 +26,12 @@ _LARGE: dict[Kind, Tile] = {
 _FILLS: dict[Kind, int] = {"fp8": 132, "quant": 132, "bf16": 132}  # large tiles that are enough
 
 
-def tile_of(kind: Kind, rows: int, outputs: int, fp32: bool = False) -> Tile:
-    """The smallest tile that holds all rows; large ones where enough of them occupy a GPU."""
+def tile_of(kind: Kind, rows: int, outputs: int, apart: int = 1, fp32: bool = False) -> Tile:
+    """The smallest tile that holds all rows; large ones where enough of them occupy a GPU.
+
+    Args:
+        outputs: of a group. apart: how many groups and chunks have tiles of their own.
+    """
     if fp32:  # tiles of four bytes a number: more stages would not fit
         n, m, warps, _ = next((t for t in _SMALL if rows <= t[1]), _SMALL[-1])
         return n, m, warps, 2
@@ -34,7 +39,7 @@ def tile_of(kind: Kind, rows: int, outputs: int, fp32: bool = False) -> Tile:
         if rows <= tile[1]:
             return tile
     n, m, *_ = _LARGE[kind]
-    fills = triton.cdiv(rows, m) * triton.cdiv(outputs, n) >= _FILLS[kind]
+    fills = triton.cdiv(rows, m) * triton.cdiv(outputs, n) * apart >= _FILLS[kind]
     return _LARGE[kind] if fills else _SMALL[-1]
 
 
@@ -72,10 +77,13 @@ def dense(
     )  # fmt: skip
     if not rows:
         return out if whole or parts else x.new_empty(0, groups * outputs, dtype=dtype)
-    n, m, warps, stages = tile_of(kind, rows, outputs, x.dtype == torch.float32)
+    n, m, warps, stages = tile_of(
+        kind, rows, outputs, groups * (chunks if apart else 1), x.dtype == torch.float32
+    )
     exact = INTERPRETED or x.dtype == torch.float32
-    tiles, join = triton.cdiv(outputs, n) * triton.cdiv(rows, m), apart and not parts
-    made = x.new_empty(rows, groups * outputs, dtype=dtype) if join else out
+    tiles, added = triton.cdiv(outputs, n) * triton.cdiv(rows, m), apart and not parts
+    join = added and rows <= _JOIN_ROWS
+    made = x.new_empty(rows, groups * outputs, dtype=dtype) if added else out
     dense_kernel[(tiles, chunks if apart else 1, groups)](
         x, w if scales is None else scales, w, w if w_scales is None else w_scales, out, made,
         zeros(x.device, tiles * groups) if join else None, rows,
@@ -83,8 +91,12 @@ def dense(
         BN=n, BM=m, EXACT=exact, num_warps=warps, num_stages=stages,
         **early(),
     )  # fmt: skip
+    if added and not join:
+        sum_kernel[(triton.cdiv(made.numel(), _WIDE),)](
+            out, made, made.numel(), CHUNKS=chunks, WIDE=_WIDE, EXACT=exact, num_warps=2, **early()
+        )
     return made
 
 
 if triton is not None:
-    from whalepod.kernels.dense_triton import dense_kernel
+    from whalepod.kernels.dense_triton import dense_kernel, sum_kernel

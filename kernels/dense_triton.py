@@ -3,8 +3,9 @@
 A program computes N outputs by M rows, the weights being the first operand, so few rows waste little.
 K is cut into blocks of 128 and these into chunks whose borders depend on the matrix alone: a chunk is
 summed in order of K, then the chunks are added in order. With few rows the chunks are computed by
-programs of their own (APART), and the last of a tile's programs to finish adds them (JOIN); it knows by a
-counter that it leaves at zero again. With many rows a program does them one after the other: the same bits.
+programs of their own (APART). With very few, the last of a tile's programs to finish adds them (JOIN); it
+knows by a counter that it leaves at zero again. With some more, where one program would add for long,
+`sum_kernel` does. With many rows a program does them one after the other. All give the same bits.
 
 KIND is what a block's step does:
   "fp8":   words of two E4M3 codes, widened to bf16 in registers (see `fp8_linear.py`), bf16 inputs;
@@ -124,7 +125,6 @@ def dense_kernel(
     EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of `[M, GROUPS * N]` outputs, or of one chunk's part of them; see `dense.py`."""
-    begin(EARLY)
     BLOCKS: tl.constexpr = (COLUMNS + 127) // 128
     TALL: tl.constexpr = (N + 127) // 128
     WIDE: tl.constexpr = BLOCKS * 128 if KIND == "quant" else COLUMNS  # a row of inputs
@@ -144,6 +144,7 @@ def dense_kernel(
         ws += group * BLOCKS * TALL
     if KIND == "bf16":
         w += group.to(tl.int64) * N * COLUMNS
+    begin(EARLY)
     total = tl.zeros((BN, BM), tl.float32)
     if APART or CHUNK >= BLOCKS:
         for b in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, BLOCKS)):
@@ -170,3 +171,17 @@ def dense_kernel(
                 )
             tl.store(made + place, rounded(total, made.dtype.element_ty, EXACT), mask=inside)
             tl.store(counter, 0)
+
+
+@jit
+def sum_kernel(
+    parts, out, size, CHUNKS: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
+    EARLY: tl.constexpr = False,
+):  # fmt: skip
+    """`out[i] = parts[0, i] + parts[1, i] + ...`, one after the other."""
+    begin(EARLY)
+    i = tl.program_id(0).to(tl.int64) * WIDE + tl.arange(0, WIDE)
+    total = tl.load(parts + i, mask=i < size, other=0.0)
+    for c in tl.static_range(1, CHUNKS):
+        total += tl.load(parts + c * size + i, mask=i < size, other=0.0)
+    tl.store(out + i, rounded(total, out.dtype.element_ty, EXACT), mask=i < size)

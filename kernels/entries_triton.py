@@ -11,6 +11,7 @@ from torch import Tensor
 from whalepod.kernels.entries import KV_BLOCK, Pages, Rounding, Storage, round_rows
 from whalepod.kernels.jit import FIXED, INTERPRETED, jit, runs, tl, triton
 from whalepod.kernels.narrow import e2m1, e4m3, exponent_above, power, rounded
+from whalepod.kernels.overlap import begin, early
 from whalepod.kernels.quantise import FP4_GROUP
 
 # Rows of a program that only rounds.
@@ -145,8 +146,9 @@ def _round_kernel(
     x, out, N, dense, data, wide, STRIDE: tl.constexpr, COUNT: tl.constexpr, DATA: tl.constexpr,
     SCALES: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, ROUNDING: tl.constexpr,
     PAGED: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr, CUTS: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
+    begin(EARLY)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     d = tl.arange(0, WIDTH)
     kept = (row < N)[:, None] & (d < D)[None, :]
@@ -166,7 +168,7 @@ def _round_rows(x: Tensor, rounding: Rounding, rotary: int = 0) -> Tensor:
     out, rows = torch.empty_like(x), x.numel() // size
     if rows:
         _round_kernel[(triton.cdiv(rows, _ROWS),)](
-            x, out, rows, ROWS=_ROWS, num_warps=1, **FIXED,
+            x, out, rows, ROWS=_ROWS, num_warps=1, **FIXED, **early(),
             **layout(None, x.dtype, size, rotary // 2, rounding),
         )  # fmt: skip
     return out

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from whalepod.kernels.jit import FIXED, INTERPRETED, jit, tl, triton
 from whalepod.kernels.narrow import rounded
+from whalepod.kernels.overlap import begin, early
 
 if TYPE_CHECKING:
     from whalepod.kernels.hyper_connection import Site
@@ -87,11 +88,12 @@ def mix_kernel(
     f, more, x, post, comb, out, fn, parts, T,
     D: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, POST: tl.constexpr,
     PROJECT: tl.constexpr, EXACT: tl.constexpr, CUTS: tl.constexpr, TOKENS: tl.constexpr,
-    COLS: tl.constexpr, REPEAT: tl.constexpr, SWAP: tl.constexpr,
+    COLS: tl.constexpr, REPEAT: tl.constexpr, SWAP: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """First launch, over `[T, 4, D]`: REPEAT tiles; without POST `out` and `f` are not looked at."""
     split = tl.program_id(SWAP)
     column = split * COLS + tl.arange(0, COLS)
+    begin(EARLY)
     kind = x.dtype.element_ty
     if PROJECT and REPEAT > 1:  # for one tile they are loaded late, which takes fewer registers
         w0, w1 = _weights(fn, column, D, N, 0), _weights(fn, column, D, N, 1)
@@ -152,10 +154,8 @@ def _sinkhorn(
     squares = tl.sum(tl.where((n == 4)[None, :], acc, 0.0), 1)
     rms = 1.0 / tl.sqrt(squares / (4 * D) + RMS_EPS)
     row, real = _place(n)
-    scale, shift = (
-        tl.load(scales + row, mask=real, other=0.0),
-        tl.load(base + row, mask=real, other=0.0),
-    )
+    scale = tl.load(scales + row, mask=real, other=0.0)
+    shift = tl.load(base + row, mask=real, other=0.0)
     mixes = tl.where(real[None, :], acc * rms[:, None] * scale[None, :] + shift[None, :], 0.0)
     gate = 2.0 * _logistic(mixes)
     tl.store(
@@ -180,9 +180,10 @@ def finish_kernel(
     x, parts, scales, base, norm, y, post, comb, T, SINKS,
     D: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr, ITERS: tl.constexpr,
     EPS: tl.constexpr, RMS_EPS: tl.constexpr, NORM: tl.constexpr, CUTS: tl.constexpr,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """The first SINKS programs finish gates and matrices, each other one collapses a token."""
+    begin(EARLY)
     pid = tl.program_id(0)
     if pid < SINKS:
         _sinkhorn(
@@ -228,7 +229,7 @@ def _mix(
         f, more, x, post, comb, out, fn, parts, tokens,
         D=width, N=0 if fn is None else fn.shape[0], SPLITS=splits, POST=f is not None,
         PROJECT=fn is not None, EXACT=INTERPRETED or x.dtype == torch.float32, CUTS=INTERPRETED,
-        TOKENS=TOKENS, COLS=COLS, REPEAT=repeat, SWAP=SWAP, num_warps=WARPS, **FIXED,
+        TOKENS=TOKENS, COLS=COLS, REPEAT=repeat, SWAP=SWAP, num_warps=WARPS, **FIXED, **early(),
     )  # fmt: skip
 
 
@@ -255,7 +256,7 @@ def _run(
             parts.shape[0], sinks,
             D=width, SPLITS=splits, SLOTS=triton.next_power_of_2(splits), ITERS=site.iters,
             EPS=site.eps, RMS_EPS=site.rms_eps, NORM=norm is not None, CUTS=INTERPRETED,
-            TOKENS=SINKHORN, WIDTH=triton.next_power_of_2(width), num_warps=4, **FIXED,
+            TOKENS=SINKHORN, WIDTH=triton.next_power_of_2(width), num_warps=4, **FIXED, **early(),
         )  # fmt: skip
     return out, y, gates, mixed
 

@@ -67,18 +67,20 @@ def index_scores(
     table_SB: Tensor,
     sequences_T: Tensor | None,
     seen_T: Tensor,
+    scale: float = 1.0,
 ) -> Tensor:
-    """`sum_h gate[t, h] * relu(q[t, h] . key[e])` for every entry that a query sees.
+    """`sum_h scale * gate[t, h] * relu(q[t, h] . key[e])` for every entry that a query sees.
 
     Args:
         q_THI: `[T, H, I]`, fp32 or bf16.
-        gate_TH: `[T, H]` fp32, its scale included.
+        gate_TH: `[T, H]` fp32.
         keys: `[F, I]` rows, or `[pages, stride]` uint8 as `unpack_keys` says.
         kind: which of these.
         per: entries of a block.
         table_SB: `[S, B]` blocks of each sequence.
         sequences_T: `[T]` row of the table; None where query t has row t.
         seen_T: `[T]` how many entries each query sees.
+        scale: of the gate, rounded to fp32 with it.
 
     Returns:
         `[T, B * per]` fp32; -inf where a query does not see. A score depends on nothing but its
@@ -96,7 +98,7 @@ def index_scores(
     owners = range(len(q_THI)) if sequences_T is None else sequences_T.tolist()
     for i, s in enumerate(owners):
         raw = (q_THI[i].float() @ keys[rows[s]].float().T).relu()
-        out[i] = gate_TH[i].float() @ raw
+        out[i] = (gate_TH[i].float() * scale) @ raw
     return out.masked_fill_(order >= seen_T.unsqueeze(-1), float("-inf"))
 
 

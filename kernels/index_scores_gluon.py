@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from whalepod.kernels.index_scores_triton import FP4_TO_BF16, FP8_TO_BF16
+from whalepod.kernels.overlap_gluon import begin
 
 # Triton 3.7 has renamed it.
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
@@ -94,11 +95,12 @@ def finish(z, g, at, count, out, E, scale, BN: gl.constexpr):
 
 @gluon.jit
 def scores_kernel(
-    q, gate, keys, table, sequences, seen, out, width, E, HEADS, RUN, STRIDE: gl.constexpr,
+    q, gate, keys, table, sequences, seen, out, width, E, HEADS, RUN, step, factor, STRIDE: gl.constexpr,
     H: gl.constexpr, DIM: gl.constexpr, PER: gl.constexpr, KIND: gl.constexpr, BN: gl.constexpr,
-    OWN: gl.constexpr,
+    OWN: gl.constexpr, EARLY: gl.constexpr = False,
 ):  # fmt: skip
     """Grid (runs of tiles, T); `OWN`: query t has row t of the table."""
+    begin(EARLY)
     Z: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, H, 16])
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -145,7 +147,7 @@ def scores_kernel(
             copy_rows(buffers.index(1), first + BN + row, block1, stop, keys, PER, L)
             copy_rows(buffers.index(2), first + 2 * BN + row, block2, stop, keys, PER, L)
         own = gl.arange(0, H, gl.SliceLayout(0, Z))
-        g = gl.load(gate + t * HEADS + own, mask=own < HEADS, other=0.0).to(gl.float32)
+        g = gl.load(gate + t * step + own, mask=own < HEADS, other=0.0).to(gl.float32) * factor
         none = gl.zeros([BN, H], gl.float32, Z)
         WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
         head = gl.expand_dims(gl.arange(0, H, gl.SliceLayout(1, WIDE)), 1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from whalepod.kernels.attention_triton import WIDE, product
 from whalepod.kernels.index_scores import KeyFormat, index_scores
 from whalepod.kernels.jit import INTERPRETED, jit, on_hopper, runs, tl, triton
+from whalepod.kernels.overlap import begin, early
 
 # Programs that fill a GPU, three on each processor.
 _PROGRAMS = 396
@@ -131,11 +132,12 @@ def read_keys(entry, block, seen, keys, STRIDE: tl.constexpr, DIM: tl.constexpr,
 
 @jit
 def scores_kernel(
-    q, gate, keys, table, sequences, seen, out, width, E, HEADS, RUN, STRIDE: tl.constexpr,
+    q, gate, keys, table, sequences, seen, out, width, E, HEADS, RUN, step, factor, STRIDE: tl.constexpr,
     H: tl.constexpr, DIM: tl.constexpr, PER: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr,
-    OWN: tl.constexpr,
+    OWN: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (runs of tiles, T). The next tile's keys are on their way while one is multiplied."""
+    begin(EARLY)
     t = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * RUN * BN
     count = tl.load(seen + t).to(tl.int32)
@@ -147,7 +149,7 @@ def scores_kernel(
         tl.store(out + t * E + at + lane, float("-inf"), mask=at + lane < E)
     if first < count:
         head = tl.arange(0, H)
-        g = tl.load(gate + t * HEADS + head, mask=head < HEADS, other=0.0).to(tl.float32)
+        g = tl.load(gate + t * step + head, mask=head < HEADS, other=0.0).to(tl.float32) * factor
         if OWN:
             table += t * width
         else:
@@ -194,11 +196,12 @@ def _scores(
     table_SB: Tensor,
     sequences_T: Tensor | None,
     seen_T: Tensor,
+    scale: float = 1.0,
     tiles: Tiles | None = None,
 ) -> Tensor:
     if not (INTERPRETED or q_THI.dtype == torch.bfloat16):
         return index_scores.reference(
-            q_THI, gate_TH, keys, kind, per, table_SB, sequences_T, seen_T
+            q_THI, gate_TH, keys, kind, per, table_SB, sequences_T, seen_T, scale
         )
     tiles = tiles or Tiles()
     t, heads, dims = q_THI.shape
@@ -212,7 +215,9 @@ def _scores(
         source = index_scores_gluon.scores_kernel
     source[(triton.cdiv(e, tiles.keys * run), t)](
         q_THI, gate_TH, keys, table_SB, sequences_T, seen_T, out, table_SB.shape[1], e, heads, run,
+        gate_TH.stride(0), scale,
         STRIDE=keys.stride(0), H=max(16, triton.next_power_of_2(heads)), DIM=dims, PER=per,
         KIND=kind, BN=tiles.keys, num_warps=tiles.warps, OWN=sequences_T is None,
+        **early(),
     )  # fmt: skip
     return out

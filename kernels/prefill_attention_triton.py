@@ -19,6 +19,7 @@ from whalepod.kernels.decode_attention_triton import (
     sources,
 )
 from whalepod.kernels.jit import runs, triton
+from whalepod.kernels.overlap import early
 from whalepod.kernels.prefill_attention import every_ring, prefill_attention
 
 # 64 MiB of rows where each chose 512.
@@ -99,5 +100,5 @@ def _launch(
         q=q_THD[part], new=new_TD, rings=rings, slots=slots_T[part], positions=positions_T[part],
         starts=starts_T[part], sequences=sequences_T[part], sink=sink_H, turns=turns,
         out=out[part], scratch=scratch, scale=scale_of(d), T=count, FIRST=first, HEADS=heads, H=h,
-        D=d, RD=rd, W=w, BN=tiles.keys, SPLIT=tiles.split, NEW=True, **extra, **kinds,
+        D=d, RD=rd, W=w, BN=tiles.keys, SPLIT=tiles.split, NEW=True, **extra, **kinds, **early(),
     )  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from whalepod.kernels.jit import FIXED, INTERPRETED, jit, runs, tl, triton
 from whalepod.kernels.narrow import rounded
+from whalepod.kernels.overlap import begin, early
 from whalepod.kernels.registry import Kernel
 
 # Elements of a program's tile, when rows are short.
@@ -41,8 +42,9 @@ def normed(value, size, eps):
 @jit
 def _kernel(
     x, weight, out, M, stride, EPS: tl.constexpr, D: tl.constexpr, CUTS: tl.constexpr,
-    WEIGHTED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    WEIGHTED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
+    begin(EARLY)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     d = tl.arange(0, WIDTH)
     kept = (row < M)[:, None] & (d < D)[None, :]
@@ -68,6 +70,6 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         _kernel[(triton.cdiv(len(flat), rows),)](
             flat, weight, out, len(flat), flat.stride(0), EPS=eps, D=size, CUTS=INTERPRETED,
             WEIGHTED=weight is not None, ROWS=rows, WIDTH=width,
-            num_warps=8 if width > _TILE else 4, **FIXED,
+            num_warps=8 if width > _TILE else 4, **FIXED, **early(),
         )  # fmt: skip
     return out.view(x.shape)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from whalepod.kernels.jit import FIXED, INTERPRETED, jit, runs, tl, triton
 from whalepod.kernels.narrow import rounded
+from whalepod.kernels.overlap import begin, early
 from whalepod.kernels.registry import Kernel
 from whalepod.kernels.rms_norm import normed, rms_norm
 from whalepod.kernels.rope import rotate_, turned
@@ -38,7 +39,9 @@ def norm_rotate(x_THD: Tensor, weight_D: Tensor | None, turns_TP: Tensor, eps: f
 def _kernel(
     x, weight, turns, out, H, stride_t, stride_h, EPS: tl.constexpr, D: tl.constexpr,
     PAIRS: tl.constexpr, CUTS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
+    begin(EARLY)
     t = tl.program_id(0).to(tl.int64)
     h, d = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, WIDTH)
     kept = (h < H)[:, None] & (d < D)[None, :]
@@ -64,6 +67,6 @@ def _norm_rotate(x_THD: Tensor, weight_D: Tensor | None, turns_TP: Tensor, eps: 
         _kernel[(tokens, triton.cdiv(heads, _HEADS))](
             x, weight_D, turns, out, heads, x.stride(0), x.stride(1), EPS=eps, D=size,
             PAIRS=turns.shape[1], CUTS=INTERPRETED, HEADS=_HEADS,
-            WIDTH=triton.next_power_of_2(size), num_warps=4, **FIXED,
+            WIDTH=triton.next_power_of_2(size), num_warps=4, **FIXED, **early(),
         )  # fmt: skip
     return out

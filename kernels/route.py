@@ -14,7 +14,8 @@ from whalepod.kernels.jit import jit, runs, tl, triton
 from whalepod.kernels.overlap import begin, early
 from whalepod.kernels.registry import Kernel
 
-_CHUNK, _AT_ONCE = 128, 16
+# Pairs of a program; pairs that each program counts by itself, in this many elements.
+_CHUNK, _ALL = 128, (128, 512, 2048)
 
 
 class Route(NamedTuple):
@@ -103,13 +104,13 @@ def _count_kernel(
 
 @jit
 def _totals(
-    experts, slot_of, parts, pairs, chunks, COUNTED: tl.constexpr, EXPERTS: tl.constexpr,
+    experts, slot_of, parts, pairs, chunks, ALL: tl.constexpr, EXPERTS: tl.constexpr,
     HELD: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Pairs of each slot: all, and those of earlier chunks than this program's."""
     mine = tl.program_id(0)
     total, before = tl.zeros((BINS,), tl.int32), tl.zeros((BINS,), tl.int32)
-    if COUNTED:
+    if ALL == 0:
         for c in range(0, chunks, STEP):
             chunk = c + tl.arange(0, STEP)
             at = chunk[:, None] * BINS + tl.arange(0, BINS)[None, :]
@@ -117,26 +118,25 @@ def _totals(
             total += tl.sum(found, 0)
             before += tl.sum(tl.where((chunk < mine)[:, None], found, 0), 0)
     else:
-        for c in range(0, chunks):
-            pair = c * CHUNK + tl.arange(0, CHUNK)
-            slot = _slots(experts, slot_of, pair, pairs, EXPERTS, HELD)
-            found = tl.histogram(slot, BINS, mask=pair < pairs)
-            total += found
-            before += tl.where(c < mine, found, 0)
+        pair = tl.arange(0, ALL)
+        slot = _slots(experts, slot_of, pair, pairs, EXPERTS, HELD)
+        total = tl.histogram(slot, BINS, mask=pair < pairs)
+        if ALL > CHUNK:
+            before = tl.histogram(slot, BINS, mask=pair < tl.minimum(pairs, mine * CHUNK))
     return total, before
 
 
 @jit
 def _place_kernel(
     experts, slot_of, parts, pairs, chunks, order, slots, starts, stops, used,
-    ROWS: tl.constexpr, COUNTED: tl.constexpr, EXPERTS: tl.constexpr, HELD: tl.constexpr,
+    ROWS: tl.constexpr, ALL: tl.constexpr, EXPERTS: tl.constexpr, HELD: tl.constexpr,
     BINS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
     EARLY: tl.constexpr = False,
 ):  # fmt: skip
     begin(EARLY)
     mine = tl.program_id(0)
     total, before = _totals(
-        experts, slot_of, parts, pairs, chunks, COUNTED, EXPERTS, HELD, BINS, CHUNK, STEP
+        experts, slot_of, parts, pairs, chunks, ALL, EXPERTS, HELD, BINS, CHUNK, STEP
     )
     first = tl.cumsum(total, 0) - total
     pair = mine * CHUNK + tl.arange(0, CHUNK)
@@ -167,13 +167,13 @@ def _route(experts_TK: Tensor, slot_of_E: Tensor, held: int, rows: int) -> Route
         return out
     chunks = triton.cdiv(pairs, _CHUNK)
     bins = triton.next_power_of_2(held + 1)
-    counted = chunks > _AT_ONCE
-    parts = experts.new_empty(chunks if counted else 1, bins, dtype=torch.int32)
+    at_once = next((size for size in _ALL if size >= pairs), 0)
+    parts = experts.new_empty(1 if at_once else chunks, bins, dtype=torch.int32)
     sizes = {"EXPERTS": slot_of_E.numel(), "HELD": held, "BINS": bins, "CHUNK": _CHUNK}
-    if counted:
+    if not at_once:
         _count_kernel[(chunks,)](experts, slot_of_E, parts, pairs, **sizes, **early())
     _place_kernel[(chunks,)](
         experts, slot_of_E, parts, pairs, chunks, *out[:5],
-        ROWS=rows, COUNTED=counted, STEP=8, **sizes, **early(),
+        ROWS=rows, ALL=at_once, STEP=8, **sizes, **early(),
     )  # fmt: skip
     return out

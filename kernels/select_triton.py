@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.jit import jit, runs, tl, triton
+from whalepod.kernels.overlap import begin, early
 from whalepod.kernels.select import select
 
 # Bits of a digit, least significant last, and the place of each digit.
@@ -42,8 +43,12 @@ def threshold_digit(counts, wanted, BINS: tl.constexpr):
 
 
 @jit
-def small_kernel(scores, out, E, stride, COUNT, BLOCK: tl.constexpr, DIGIT: tl.constexpr):
+def small_kernel(
+    scores, out, E, stride, COUNT, BLOCK: tl.constexpr, DIGIT: tl.constexpr,
+    EARLY: tl.constexpr = False,
+):  # fmt: skip
     """Grid (R): a whole row in registers."""
+    begin(EARLY)
     BINS: tl.constexpr = 1 << DIGIT
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -82,12 +87,13 @@ def narrowed(known, counts, COUNT, TURN: tl.constexpr, DIGIT: tl.constexpr):
 @jit
 def digit_kernel(
     scores, counts, known, E, stride, COUNT, TURN: tl.constexpr, BLOCK: tl.constexpr,
-    DIGIT: tl.constexpr,
+    DIGIT: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (B, R): count this turn's digit where all earlier digits agree with the threshold.
 
     `counts` is `[R, turns, BINS]`, zero at first; `known` is `[R, turns + 1, 2]`.
     """
+    begin(EARLY)
     BINS: tl.constexpr = 1 << DIGIT
     TURNS: tl.constexpr = 32 // DIGIT
     row = tl.program_id(1)
@@ -111,9 +117,11 @@ def digit_kernel(
 
 @jit
 def tally_kernel(
-    scores, counts, known, tally, E, stride, COUNT, BLOCK: tl.constexpr, DIGIT: tl.constexpr
-):
+    scores, counts, known, tally, E, stride, COUNT, BLOCK: tl.constexpr, DIGIT: tl.constexpr,
+    EARLY: tl.constexpr = False,
+):  # fmt: skip
     """Grid (B, R): how many of a block exceed the threshold and how many equal it."""
+    begin(EARLY)
     BINS: tl.constexpr = 1 << DIGIT
     TURNS: tl.constexpr = 32 // DIGIT
     row, block = tl.program_id(1), tl.program_id(0)
@@ -134,9 +142,10 @@ def tally_kernel(
 @jit
 def pick_kernel(
     scores, known, tally, out, E, stride, COUNT, BLOCKS, BLOCK: tl.constexpr,
-    DIGIT: tl.constexpr, MOST: tl.constexpr,
+    DIGIT: tl.constexpr, MOST: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (B, R): write the picks of a block behind those of the blocks before it."""
+    begin(EARLY)
     TURNS: tl.constexpr = 32 // DIGIT
     row, block = tl.program_id(1), tl.program_id(0)
     known += (row * (TURNS + 1) + TURNS) * 2
@@ -171,7 +180,7 @@ def _select(scores_RE: Tensor, count: int, block: int = _BLOCK, warps: int = 4) 
     if e <= _SMALL:
         size = max(256, triton.next_power_of_2(e))
         small_kernel[(rows,)](
-            scores_RE, out, e, stride, count, BLOCK=size, DIGIT=_DIGIT, num_warps=8
+            scores_RE, out, e, stride, count, BLOCK=size, DIGIT=_DIGIT, num_warps=8, **early()
         )
         return out
     blocks = triton.cdiv(e, block)
@@ -179,7 +188,7 @@ def _select(scores_RE: Tensor, count: int, block: int = _BLOCK, warps: int = 4) 
     counts = torch.zeros(rows, turns, 1 << _DIGIT, dtype=torch.int32, device=device)
     known = torch.empty(rows, turns + 1, 2, dtype=torch.int32, device=device)
     tally = torch.empty(rows, blocks, 2, dtype=torch.int32, device=device)
-    grid, cut = (blocks, rows), {"BLOCK": block, "DIGIT": _DIGIT, "num_warps": warps}
+    grid, cut = (blocks, rows), {"BLOCK": block, "DIGIT": _DIGIT, "num_warps": warps} | early()
     for turn in range(turns):
         digit_kernel[grid](scores_RE, counts, known, e, stride, count, TURN=turn, **cut)
     tally_kernel[grid](scores_RE, counts, known, tally, e, stride, count, **cut)

@@ -13,6 +13,7 @@ from whalepod.kernels.entries import Rounding, Storage, put, round_entries
 from whalepod.kernels.entries_triton import flat, layout, put_rows
 from whalepod.kernels.jit import FIXED, jit, runs, tl
 from whalepod.kernels.narrow import rounded
+from whalepod.kernels.overlap import begin, early
 from whalepod.kernels.registry import Kernel
 from whalepod.kernels.rms_norm import normed, rms_norm
 from whalepod.kernels.rope import rotate_, turned
@@ -60,8 +61,9 @@ def _kernel(
     dense, data, wide, STRIDE: tl.constexpr, COUNT: tl.constexpr, DATA: tl.constexpr,
     SCALES: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, ROUNDING: tl.constexpr,
     PAGED: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr, CUTS: tl.constexpr,
-    WIDTH: tl.constexpr, EPS: tl.constexpr,
+    WIDTH: tl.constexpr, EPS: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
+    begin(EARLY)
     t = tl.program_id(0).to(tl.int64)
     d, one = tl.arange(0, WIDTH)[None, :], tl.arange(0, 1)
     value = tl.load(kv + t * stride + d, mask=d < D, other=0.0).to(tl.float32)
@@ -102,6 +104,7 @@ def _window_rows(
             kv_TD, norm_D, turns, slots_N, positions_T, out, kv_TD.stride(0), count, W=window,
             EPS=eps, num_warps=1 if size <= 128 else 4,
             **FIXED,
+            **early(),
             **layout(None if rings is None else flat(rings), kv_TD.dtype, size, turns.shape[1], rounding),
         )  # fmt: skip
     return out

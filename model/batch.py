@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.attend import Listed, write_ring
+from whalepod.kernels.positions import entries_seen
 from whalepod.model.layout import Layout, Placed
 from whalepod.model.paged import Paged
 from whalepod.model.rope import turns
@@ -83,6 +84,7 @@ class Batch:
     _turns: dict[int, Tensor] = field(init=False, default_factory=dict)
     _tables: dict[tuple[int, int], Tensor] = field(init=False, default_factory=dict)
     _window_turns: dict[tuple[int, int], Tensor] = field(init=False, default_factory=dict)
+    _seen: dict[tuple[int, int], Tensor] = field(init=False, default_factory=dict)
     _blocks: Tensor | None = field(init=False, default=None)
     _writes: dict[int, list[Write]] = field(init=False, default_factory=dict)
     _layout: Layout | None = field(init=False, default=None)
@@ -186,7 +188,14 @@ class Batch:
         key = (id(freqs), ratio)
         found = self._window_turns.get(key)
         if found is None:
-            found = self._window_turns[key] = turns(self.positions_T // ratio * ratio, freqs)
+            found = self._window_turns[key] = turns(self.positions_T, freqs, ratio)
+        return found
+
+    def seen(self, ratio: int, most: int) -> Tensor:
+        """How many entries of `ratio` each row sees, at most `most`, `[T]` int32; made once per pass."""
+        found = self._seen.get((ratio, most))
+        if found is None:
+            found = self._seen[ratio, most] = entries_seen(self.positions_T, ratio, most)
         return found
 
     @property

@@ -18,6 +18,7 @@ from whalepod.kernels.entries import Pages, Rounding, round_rows
 from whalepod.kernels.fp8_linear import Fp8Matrix, fp8_linear
 from whalepod.kernels.index_scores import KeyFormat, index_scores
 from whalepod.kernels.linear import grouped_linear, linear_wide
+from whalepod.kernels.positions import pool_rows
 from whalepod.kernels.prefill_attention import prefill_attention
 from whalepod.kernels.rms_norm import rms_norm
 from whalepod.kernels.rotary import norm_rotate
@@ -32,6 +33,7 @@ from whalepod.model.shape import ModelConfig
 
 # Scores of a pass that lie in memory at once.
 _SCORES = 1 << 26
+_ANY = (1 << 31) - 1
 
 
 class DeviceAttention:
@@ -102,8 +104,7 @@ class DeviceAttention:
         parts = linear_wide(x_TD, self.w_raw).split(self.raw_sizes, dim=-1)
         # The entry a token closes is visible to that token, so compression comes first.
         self.compressor.update(parts[0], batch, cache.main)
-        seen_T = ((batch.positions_T + 1) // self.ratio).int()
-        per = batch.block_tokens // self.ratio
+        seen_T, per = batch.seen(self.ratio, _ANY), batch.block_tokens // self.ratio
         some = Entries(cache.main.stored, seen_T, table_SB=batch.paged.table_SB, per=per)
         if self.index is None or cache.index is None:
             return some
@@ -111,7 +112,7 @@ class DeviceAttention:
         if some.most <= self.index.topk:
             return some
         rows = self.index.choose(low, parts[2], turns, batch, some, cache.index)
-        return Entries(some.pool, seen_T.clamp(max=self.index.topk), rows_NK=rows, per=per)
+        return Entries(some.pool, batch.seen(self.ratio, self.index.topk), rows_NK=rows, per=per)
 
     def _attend(
         self,
@@ -176,7 +177,7 @@ class Index:
         """Flat pool rows of the best entries, `[T, K]`; those that a row sees come first."""
         table, per = batch.paged.table_SB, seen.per
         q = norm_rotate(self.up(low).unflatten(-1, (self.heads, self.dims)), None, turns, -1.0)
-        q, gate = round_rows(q, self.rounding), gate_TH * self.scale
+        q = round_rows(q, self.rounding)
         made = []
         count = max(1, _SCORES // seen.most)
         for first in range(0, len(q), count):
@@ -184,11 +185,11 @@ class Index:
             sequences = batch.paged.sequences_T[part]
             kind: KeyFormat = "fp4" if isinstance(state.entries, Pages) else "rows"
             scores = index_scores(
-                q[part], gate[part], state.stored, kind, per, table, sequences, seen.seen_N[part]
+                *(q[part], gate_TH[part], state.stored, kind, per),
+                *(table, sequences, seen.seen_N[part], self.scale),
             )
             best = select(scores, self.topk)
-            blocks = table[sequences.long()].gather(1, best // per).long()
-            made.append(blocks * per + best % per)
+            made.append(pool_rows(best, table, sequences, per))
         return made[0] if len(made) == 1 else torch.cat(made)
 
 

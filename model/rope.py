@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from whalepod.kernels.positions import turns
 from whalepod.kernels.rope import rotate_
 from whalepod.model.shape import ModelConfig
 
@@ -40,17 +41,3 @@ def frequencies(config: ModelConfig, layer: int) -> Tensor:
     span = high - low if high != low else 0.001
     ramp = ((torch.arange(dims // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
     return freqs * (1 - ramp) + freqs / yarn.factor * ramp
-
-
-def turns(positions_T: Tensor, freqs: Tensor) -> Tensor:
-    """Unit complex numbers `exp(i * position * frequency)`.
-
-    Args:
-        positions_T: `[T]` integers.
-        freqs: `[rd/2]` fp32 from `frequencies`.
-
-    Returns:
-        `[T, rd/2]` complex64; angles are formed in fp32 as the reference does.
-    """
-    angles = positions_T.to(torch.float32).unsqueeze(-1) * freqs
-    return torch.polar(torch.ones_like(angles), angles)

@@ -93,6 +93,36 @@ def test_attention_in_gluon(new: bool, listed: bool) -> None:
     types |= dict.fromkeys(("sink", "turns", "scratch"), FP32) | {"scale": "fp32"}
     types |= dict.fromkeys(("listed", "width", "T", "FIRST", "HEADS"), "i32")
     sizes = {"H": 64, "D": 512, "RD": 64, "W": 128, "BN": 64, "PER": 1 if listed else 32}
-    constants = {**sizes, "LISTED": listed, "SPLIT": 5, "NEW": new}
+    constants = {**sizes, "LISTED": listed, "SPLIT": 5, "NEW": new, "EARLY": True}
     made = compiled(prefill_kernel, types, constants, num_warps=8)
+    assert "griddepcontrol.wait" in made.asm["ptx"]
     assert made.metadata.shared <= 227 << 10, "what a Hopper processor has"
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_hyper_connections(tokens: int) -> None:
+    from whalepod.kernels import hyper_connection_triton as hc
+
+    types = {"f": BF16, "more": FP32, "x": BF16, "post": FP32, "comb": FP32, "out": BF16}
+    types |= {"fn": FP32, "parts": FP32, "T": "i32"}
+    constants: dict[str, Any] = {
+        **{"D": 4096, "N": 24, "SPLITS": 4096 // hc.COLS, "POST": True, "PROJECT": True},
+        **{"EXACT": False, "CUTS": False, "TOKENS": hc.TOKENS, "COLS": hc.COLS, "REPEAT": 1},
+        **{"SWAP": hc.SWAP, "EARLY": True},
+    }
+    if tokens == 1:
+        constants["T"] = 1
+    made = compiled(hc.mix_kernel, types, constants, num_warps=hc.WARPS, enable_fp_fusion=False)
+    ptx = made.asm["ptx"]
+    assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
+
+
+def test_index_scores_in_gluon() -> None:
+    from whalepod.kernels.index_scores_gluon import scores_kernel
+
+    types = {"q": BF16, "gate": FP32, "keys": BF16, "table": I32, "sequences": I32, "seen": I32}
+    types |= {"out": FP32} | dict.fromkeys(("width", "E", "HEADS", "RUN", "step"), "i32")
+    types["factor"] = "fp32"
+    sizes = {"STRIDE": 128, "H": 64, "DIM": 128, "PER": 32, "KIND": "rows", "BN": 128}
+    made = compiled(scores_kernel, types, {**sizes, "OWN": True, "EARLY": True}, num_warps=4)
+    assert "wgmma" in made.asm["ptx"]

@@ -39,20 +39,22 @@ def state(kind: KeyFormat, seen: list[int], per: int = 32, heads: int = 8) -> tu
     keys = packed(values, per, kind)
     table = torch.randperm(blocks, generator=g, device=DEVICE)[: sequences * width]
     q = torch.randn(sequences, heads, 128, generator=g, device=DEVICE).to(DTYPE)
-    gate = torch.randn(sequences, heads, generator=g, device=DEVICE)
+    gate = torch.randn(sequences, heads + 3, generator=g, device=DEVICE)[
+        :, 2:-1
+    ]  # part of wider rows
     own = torch.arange(sequences, device=DEVICE)
     counts = torch.tensor(seen, device=DEVICE)
-    return q, gate, keys, kind, per, table.view(sequences, width).int(), own, counts
+    return q, gate, keys, kind, per, table.view(sequences, width).int(), own, counts, 0.3
 
 
-def exactly(q, gate, keys, kind, per, table, sequences, seen):  # type: ignore[no-untyped-def]
+def exactly(q, gate, keys, kind, per, table, sequences, seen, scale):  # type: ignore[no-untyped-def]
     wide = keys if kind == "rows" else unpack_keys(keys, per, kind)
     out = torch.full((len(q), table.shape[1] * per), float("-inf"), dtype=torch.float64)
     for t in range(len(q)):
         for e in range(int(seen[t])):
             row = int(table[sequences[t], e // per]) * per + e % per
             raw = (q[t].double() @ wide[row].double()).relu()
-            out[t, e] = float(gate[t].double() @ raw)
+            out[t, e] = scale * float(gate[t].double() @ raw)
     return out
 
 
@@ -78,10 +80,10 @@ def test_the_twin_equals_the_reference(kind: KeyFormat) -> None:
 @pytest.mark.triton
 @pytest.mark.skipif(triton is None, reason="no Triton here")
 def test_a_query_alone_has_the_same_bits() -> None:
-    q, gate, keys, kind, per, table, own, seen = state("fp4", [300, 5, 40])
-    together = index_scores(q, gate, keys, kind, per, table, own, seen)
+    q, gate, keys, kind, per, table, own, seen, by = state("fp4", [300, 5, 40])
+    together = index_scores(q, gate, keys, kind, per, table, own, seen, by)
     few = table[:, :10]
-    alone = index_scores(q[:1], gate[:1], keys, kind, per, few, own[:1], seen[:1])
+    alone = index_scores(q[:1], gate[:1], keys, kind, per, few, own[:1], seen[:1], by)
     assert torch.equal(alone[0], together[0, : alone.shape[1]])
 
 
