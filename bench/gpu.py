@@ -40,6 +40,7 @@ def timed(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
             replay.
     """
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # which may still draw the inputs
     with torch.cuda.stream(side):
         for call in calls:
             call()

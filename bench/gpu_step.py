@@ -1,7 +1,7 @@
 """Time decode steps and prefill of a slice of V4-Flash on one GPU, beside what must be read.
 
     PYTHONPATH=src:. python bench/gpu_step.py [--layers 8] [--batch 1 16 64 256]
-        [--context 1024 16384] [--prefill 8192] [--fidelity plain released]
+        [--context 1024 16384] [--prefill 8192] [--fidelity plain released] [--kernels]
 
 Weights are random, in the released format, with all experts, the embedding and the head. Contexts are
 not prefilled: rings and pools hold random values, which costs a step the same. The floor is the bytes
@@ -15,7 +15,9 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +34,7 @@ from whalepod.engine.request import Sampling
 from whalepod.engine.sampler import sample
 from whalepod.engine.source import Source
 from whalepod.engine.step import MicroBatch, Part
+from whalepod.kernels import overlap
 from whalepod.model.batch import Batch, Span
 from whalepod.model.gate import Gate, Routes
 from whalepod.model.shape import ModelConfig
@@ -159,20 +162,63 @@ def decode_line(found: Slice, batch: int, context: int, copy: float, capture: bo
     )
 
 
+def kernel_lines(run: Callable[[], object], calls: int = 8) -> str:
+    """The kernels that a pass spends most of its time in: launches and microseconds of one pass.
+
+    They run one after the other here, or each would be charged with its wait for the one before.
+    """
+    overlap.overlapping = False
+    try:
+        for _ in range(3):
+            run()
+        return profile(run, calls)
+    finally:
+        overlap.overlapping = True
+
+
+def profile(run: Callable[[], object], calls: int) -> str:
+    """A table of what the device does meanwhile."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    found = [e for e in seen.key_averages() if e.self_device_time_total > 0]
+    found.sort(key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in found) / calls
+    lines = ["", f"| kernel | launches | us of {total:.0f} |", "|---|---|---|"]
+    for e in found[:20]:
+        name = e.key.split("<")[0].replace("void ", "")[-44:]
+        lines.append(f"| {name} | {e.count / calls:.0f} | {e.self_device_time_total / calls:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def decode_kernels(found: Slice, batch: int, context: int) -> str:
+    """Those of a decode step."""
+    graphs, step = DecodeGraphs(found.stage), found.step(batch, context, 0)
+    return f"\nBatch {batch}, context {context:,}:\n" + kernel_lines(
+        lambda: graphs.run([step], found.experts)
+    )
+
+
+def prefill(found: Slice, tokens: int, seed: int) -> None:
+    """Take a prompt of one sequence in."""
+    stage = found.stage
+    blocks = tuple(range(-(-tokens // stage.cache.block_tokens)))
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, found.config.vocab_size, (tokens,), generator=generator).tolist()
+    spans = [Span(0, 0, 0, tokens, blocks)]
+    batch = Batch.of(ids, spans, stage.cache.block_tokens, stage.device)
+    x = stage.forward([batch], [stage.embed(batch)], found.experts)
+    stage.logits(x[0], [tokens - 1]).argmax().item()
+    batch.commit()
+
+
 def prefill_line(found: Slice, tokens: int) -> str:
     """Time a prompt of one sequence in one pass."""
-    stage, times = found.stage, []
-    blocks = tuple(range(-(-tokens // stage.cache.block_tokens)))
+    times = []
     for seed in range(4):
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(0, found.config.vocab_size, (tokens,), generator=generator).tolist()
         start = time.perf_counter()
-        batch = Batch.of(
-            ids, [Span(0, 0, 0, tokens, blocks)], stage.cache.block_tokens, stage.device
-        )
-        x = stage.forward([batch], [stage.embed(batch)], found.experts)
-        stage.logits(x[0], [tokens - 1]).argmax().item()
-        batch.commit()
+        prefill(found, tokens, seed)
         times.append(time.perf_counter() - start)
     took = statistics.median(times[1:])
     return f"Prefill of {tokens:,} tokens in one pass: {took * 1e3:.1f} ms, {tokens / took:,.0f} tokens/s."
@@ -187,6 +233,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[1024, 16384])
     parser.add_argument("--prefill", type=int, default=8192)
     parser.add_argument("--fidelity", nargs="+", default=["plain", "released"])
+    parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -216,6 +263,10 @@ def main() -> None:
                 for batch in args.batch:
                     print(decode_line(found, batch, context, copy, cuda), flush=True)
             print("\n" + prefill_line(found, args.prefill), flush=True)
+            for batch in args.batch if args.kernels else ():
+                print(decode_kernels(found, batch, args.context[0]), flush=True)
+            if args.kernels:
+                print(kernel_lines(partial(prefill, found, args.prefill, 0)), flush=True)
             del found
             if cuda:
                 torch.cuda.empty_cache()

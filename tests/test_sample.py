@@ -12,6 +12,7 @@ from twins import DEVICE, GPU, poisoned, twin
 from whalepod.engine.request import Adjust, Sampling
 from whalepod.engine.sampler import sample as draw_rows
 from whalepod.kernels import sample_triton
+from whalepod.kernels.draw import ranked
 from whalepod.kernels.sample import sample
 
 pytestmark = pytest.mark.triton
@@ -46,12 +47,24 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def differences(logits: Tensor, chosen: Tensor) -> int:
+    """Rows with another token, but for neighbours where the number falls within 1e-6 of a border."""
     with poisoned():
         tokens, logprobs = twin(sample)(logits, chosen)
     wanted, wanted_logprobs = sample.reference(logits, chosen)
     same = tokens == wanted
     torch.testing.assert_close(logprobs[same], wanted_logprobs[same], atol=2e-5, rtol=1e-5)
-    return int((~same).sum())
+    return sum(not near(logits[n], chosen[n], int(tokens[n])) for n in (~same).nonzero()[:, 0])
+
+
+def near(logits: Tensor, chosen: Tensor, token: int) -> bool:
+    """Whether numbers a little smaller and larger enclose a token, in the order of the draw."""
+    ends = []
+    for by in (-1e-6, 1e-6):
+        moved = chosen.clone()
+        moved[4] = (moved[4] + by).clamp(0, 1 - 2.0**-53)
+        ends.append(int(sample.reference(logits[None], moved[None])[0]))
+    places = ranked(logits).argsort()
+    return bool(places[ends[0]] <= places[token] <= places[ends[1]])
 
 
 @pytest.mark.parametrize("filters", FILTERS)
