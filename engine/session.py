@@ -46,6 +46,9 @@ from whalepod.model.batch import Batch
 
 log = logging.getLogger(__name__)
 _WIDE_STEPS = 256
+# Rows from which splitting a step pays. Experts of a GPU take the time that reading their weights takes, once
+# for each part, up to about a thousand rows.
+_LEAST_ROWS_CPU, _LEAST_ROWS_GPU = 16, 1024
 
 
 @dataclass(slots=True)
@@ -99,6 +102,8 @@ class FirstStage:
 
     def __init__(self, loop: EngineLoop, stage: AttentionStage, topology: Topology) -> None:
         self.loop, self.stage, self.topology = loop, stage, topology
+        least = _LEAST_ROWS_GPU if stage.device.type == "cuda" else _LEAST_ROWS_CPU
+        self._least_rows = topology.micro_batch_rows or least
         self._wide = 0  # steps in which shards shall have room for every output
 
     def serve(self, seat: Seat, stop: threading.Event) -> None:
@@ -114,7 +119,7 @@ class FirstStage:
                 return Announcement(stop=True)
             # Alone, there is nothing to wait for that another batch could fill.
             most = 1 if seat.fabric.size == 1 else self.topology.micro_batches
-            plan = self.loop.plan(most, self.topology.micro_batch_rows)
+            plan = self.loop.plan(most, self._least_rows)
             return _announce(plan, seat.fixed is not None, self._wide > 0)
 
         while True:

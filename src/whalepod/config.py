@@ -54,8 +54,11 @@ class Topology(Section):
     routers: int = Field(default=1, ge=1, description="router members when router is own")
     stages: int = Field(default=1, ge=1, description="pipeline stages of one attention replica")
     micro_batches: int = Field(default=2, ge=1, le=3, description="batches in flight in afd and ep")
-    micro_batch_rows: int = Field(
-        default=16, ge=1, description="a step is split only into batches of at least this many rows"
+    micro_batch_rows: int | None = Field(
+        default=None,
+        ge=1,
+        description="a step is split only into batches of at least this many rows; "
+        "unset: 16 on CPUs, 1024 on GPUs",
     )
 
     @model_validator(mode="after")

@@ -56,7 +56,8 @@ Everything that follows from the values and the model's preset, as JSON:
 {{- $selector := dict "controller" (dict "whalepod/role" "ingress") -}}
 {{- range $role, $group := $groups }}{{ if $group.active }}{{ $_ := set $selector $role (dict "whalepod/role" $role) }}{{ end }}{{ end -}}
 {{- $model := dict "path" $plan.path "name" $plan.name "dtype" $plan.dtype "fidelity" $plan.fidelity -}}
-{{- $topology := dict "layout" $plan.layout "router" $plan.router "stages" (int $c.topology.stages) "micro_batches" (int $c.topology.micro_batches) "micro_batch_rows" (int $c.topology.micro_batch_rows) -}}
+{{- $topology := dict "layout" $plan.layout "router" $plan.router "stages" (int $c.topology.stages) "micro_batches" (int $c.topology.micro_batches) "micro_batch_rows" nil -}}
+{{- if $c.topology.micro_batch_rows }}{{ $_ := set $topology "micro_batch_rows" (int $c.topology.micro_batch_rows) }}{{ end -}}
 {{- $_ := set $topology "attention" (div (int $groups.attention.members) (int $c.topology.stages)) -}}
 {{- $_ := set $topology "experts" (ternary (int $groups.experts.members) 2 $groups.experts.active) -}}
 {{- $_ := set $topology "routers" (ternary (int $groups.router.members) 1 $groups.router.active) -}}
