@@ -26,6 +26,8 @@ from whalepod.model.shape import ModelConfig
 
 # What device kernels are for, by a part of their names.
 KERNELS = {"nccl": "exchange", "gate_up": "experts", "down_kernel": "experts"}
+# Kernels that a layer of a micro-batch launches once, on members with experts and on those that route.
+ONCE = ("gate_up", "_hand_out_kernel")
 
 
 def sliced(layers: int) -> ModelConfig:
@@ -58,10 +60,15 @@ class One:
 
     def obey(self, order: dict[str, Any]) -> dict[str, Any] | None:
         """Do as told."""
+        if order["do"] == "prepare":
+            return self.prepare(order)
         if order["do"] == "enter":
             return self.enter(order)
         if order["do"] == "watch":
             return watch(order["seconds"])
+        if order["do"] == "stop":
+            self.stop.set()
+            return None
         assert self.member is not None
         loop = self.member.loop
         assert loop is not None
@@ -75,8 +82,8 @@ class One:
             loop.submit(request)
         return None
 
-    def enter(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Load what an epoch needs, meet the others, and serve."""
+    def prepare(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Load what an epoch needs, once the last one has ended."""
         name, config = order["name"], Config.from_dict(order["config"])
         epoch = Epoch.from_dict(order["epoch"])
         if self.member is None:
@@ -88,22 +95,26 @@ class One:
         start = time.monotonic()
         with torch.inference_mode():
             self.member.prepare(epoch)
-        prepared = time.monotonic()
+        return {"kind": "prepared", "prepare_s": time.monotonic() - start}
+
+    def enter(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Meet the others, and serve."""
+        assert self.member is not None
+        epoch, start = Epoch.from_dict(order["epoch"]), time.monotonic()
         self.fabric = connect(
             epoch.id,
-            epoch.rank_of(name),
+            epoch.rank_of(self.member.name),
             epoch.names,
             address=epoch.rendezvous,
             backend=epoch.backend,
             host="127.0.0.1",
-            deadline_s=config.cluster.step_deadline_s,
+            deadline_s=self.member.config.cluster.step_deadline_s,
             rendezvous_s=120,
         )
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.run, args=(epoch, self.fabric), daemon=True)
         self.thread.start()
-        now = time.monotonic()
-        return {"kind": "entered", "prepare_s": prepared - start, "connect_s": now - prepared}
+        return {"kind": "entered", "connect_s": time.monotonic() - start}
 
     def run(self, epoch: Epoch, fabric: Fabric) -> None:
         """Serve until the epoch ends."""
@@ -133,19 +144,21 @@ class One:
 
 
 def watch(seconds: float) -> dict[str, Any]:
-    """Share of a while that the device spends, by what it was for, and of its kernels the most costly."""
-    start, of, each = time.monotonic(), dict.fromkeys(("exchange", "experts", "other"), 0.0), {}
+    """What the device does for a layer of a micro-batch, in microseconds, by what it is for and by kernel."""
+    of, each = dict.fromkeys(("exchange", "experts", "other"), 0.0), dict[str, list[float]]()
+    passes = 0
     if torch.cuda.is_available():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-            start = time.monotonic()  # the profiler takes seconds to begin
             time.sleep(seconds)
-            took = time.monotonic() - start
         for event in seen.key_averages():
-            name, spent = event.key.lower(), event.self_device_time_total / 1e6
+            name, spent = event.key.lower(), event.self_device_time_total
             what = next((w for part, w in KERNELS.items() if part in name), "other")
-            of[what] += spent / took
-            each[event.key[:40]] = [round(spent / took, 4), event.count]
+            of[what] += spent
+            each[event.key[:40]] = [spent, event.count]
+            if any(part in name for part in ONCE):
+                passes = max(passes, event.count)
     else:
         time.sleep(seconds)
     most = dict(sorted(each.items(), key=lambda item: -item[1][0])[:12])
-    return {"kind": "watched", "most": most, **of}
+    each_pass = {what: spent / max(1, passes) for what, spent in of.items()}
+    return {"kind": "watched", "most": most, "passes": passes, **each_pass}

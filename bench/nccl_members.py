@@ -1,13 +1,14 @@
 """Members on GPUs of their own, over NCCL: the same tokens, steps beside each other, a lost expert.
 
     PYTHONPATH=src:. python bench/nccl_members.py [--gpus 4] [--part tokens rates legs loss]
-        [--layers 8] [--layouts "ep 4" ...] [--micro-batches 2] [--kernels] [--model DIR --device cpu]
+        [--layers 8] [--layouts "ep 4" ...] [--micro-batches 1] [--kernels] [--model DIR --device cpu]
 
 Every member is a process with a GPU; this one makes epochs, as the controller does. Weights are random, of
 some layers of V4-Flash with all experts, the same in every process; `--model` reads a checkpoint instead, and
 `--device cpu` tries the program over gloo. `tokens` compares greedy tokens with the first layout's
 (`single`). `rates` counts tokens while every request decodes, the same requests on the same number of GPUs for `ep` and `afd`. `legs`
-says what the members' devices do meanwhile, `--kernels` by kernel: NCCL's include the time that they wait. `loss`
+says what the members' devices do for a layer of a micro-batch, `--kernels` by kernel: NCCL's include the
+time that they wait. The profiler slows steps down, so their own time is not in it. `loss`
 ends an expert member's process by SIGKILL under streams, with every expert on two shards and on one.
 """
 
@@ -15,129 +16,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 from itertools import pairwise
-from typing import Any
 
 import torch
 from bench.machine import heading
 from bench.nccl_child import One, open_checkpoint
-from bench.spread import Child, children, serve
-
-from whalepod.cluster.epoch import Epoch
-from whalepod.cluster.placement import Placement
-from whalepod.cluster.rendezvous import Rendezvous
-from whalepod.cluster.topology import MemberInfo, seat, wanted
-from whalepod.config import Config
-from whalepod.model.shape import ModelConfig
+from bench.nccl_layout import Layout, layouts, requests
+from bench.spread import children, serve
 
 # Context, requests a GPU, and tokens that each of them makes.
 RATES = ((1024, 32, 64), (8192, 8, 48), (32768, 2, 48))
-
-
-def settings(args: argparse.Namespace, **topology: Any) -> Config:
-    """The configuration of every process."""
-    cuda = args.device == "cuda"
-    if topology.get("layout") != "single":
-        topology["micro_batches"] = args.micro_batches
-    return Config.from_dict(
-        {
-            "model": {"path": args.model or "random", "dtype": "bf16" if cuda else "fp32"},
-            "topology": topology,
-            "engine": {
-                "max_batch": 128 if cuda else 16,
-                "max_step_tokens": 8192 if cuda else 512,
-                "prefix_snapshots": 0,
-                "kv_tokens": (3 << 20) if cuda else 1 << 16,
-                "max_context": 40000 if cuda else 4096,
-            },
-            "cluster": {"fabric": "nccl" if cuda else "gloo", "step_deadline_s": 60},
-        }
-    )
-
-
-class Layout:
-    """What the controller does: epochs over the processes of one layout."""
-
-    def __init__(self, args: argparse.Namespace, ranks: list[Child], **topology: Any) -> None:
-        self.config = settings(args, **topology)
-        self.model = open_checkpoint(args, "cpu").config
-        self.rendezvous = Rendezvous("127.0.0.1")
-        self.infos: list[MemberInfo] = wanted(self.config.topology)
-        self.of = {info.name: rank for info, rank in zip(self.infos, ranks, strict=True)}
-        self.epoch: Epoch | None = None
-
-    def enter(self, replicas: int = 0) -> list[dict[str, Any]]:
-        """Make the next epoch of those who are there."""
-        seats, before = seat(self.config.topology, self.infos), self.epoch
-        shards = tuple(s.name for s in seats if "expert" in s.roles)
-        layers, experts = self.model.num_hidden_layers, self.model.n_routed_experts
-        placement = (
-            before.placement.moved_to(shards)
-            if before
-            else Placement.balanced(layers, experts, shards, replicas)
-        )
-        own = any(s.roles == ("router",) for s in seats)
-        self.epoch = Epoch(
-            before.id + 1 if before else 1,
-            seats,
-            placement,
-            "own" if own else "attention",
-            self.config.digest,
-            self.config.cluster.fabric if len(seats) > 1 else "gloo",
-            self.rendezvous.address,
-        )
-        plain, config = self.epoch.to_dict(), self.config.model_dump()
-        for name in self.epoch.names:
-            self.of[name].tell(do="enter", name=name, epoch=plain, config=config)
-        return [self.of[name].hear("entered") for name in self.epoch.names]
-
-    def submit(self, requests: list[dict[str, Any]]) -> list[Child]:
-        """Spread requests over the attention members; returns those that have some."""
-        assert self.epoch is not None
-        homes = [self.of[s.name] for s in self.epoch.members if "attention" in s.roles]
-        for i, home in enumerate(homes):
-            if requests[i :: len(homes)]:
-                home.tell(do="submit", requests=requests[i :: len(homes)])
-        return homes[: len(requests)]
-
-    def run(self, requests: list[dict[str, Any]]) -> tuple[dict[str, list[int]], dict[str, Any]]:
-        """Tokens, and the times at which they came."""
-        tokens: dict[str, list[int]] = {}
-        times: dict[str, list[float]] = {}
-        for home in self.submit(requests):
-            said = home.hear("done")
-            tokens |= said["tokens"]
-            times |= said["times"]
-        return tokens, times
-
-    def lose(self, name: str) -> float:
-        """End a member's process, and make the next epoch once the others have noticed."""
-        killed = time.time()
-        self.of[name].process.send_signal(signal.SIGKILL)
-        self.infos = [i for i in self.infos if i.name != name]
-        noticed = max(self.of[i.name].hear("lost")["at"] for i in self.infos)
-        return noticed - killed
-
-
-def requests(model: ModelConfig, count: int, length: int, tokens: int) -> list[dict[str, Any]]:
-    """Prompts of random tokens."""
-    generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(3, model.vocab_size - 20, (count, length), generator=generator).tolist()
-    return [{"id": f"r{i}", "ids": one, "tokens": tokens} for i, one in enumerate(ids)]
-
-
-def layouts(gpus: int) -> dict[str, dict[str, Any]]:
-    """Those that fit so many."""
-    found: dict[str, dict[str, Any]] = {f"ep {gpus}": {"layout": "ep", "attention": gpus}}
-    for attention in range(1, gpus // 2 + 1):
-        shape = {"attention": attention, "experts": gpus - attention, "router": "attention"}
-        found[f"afd {attention}+seated+{gpus - attention}"] = shape
-    if gpus > 3:
-        found["afd 1+1+2"] = {"attention": 1, "routers": 1, "experts": 2}
-    return found
 
 
 def steady(times: dict[str, list[float]]) -> tuple[float, float]:
@@ -184,7 +74,10 @@ def tokens_and_rates(args: argparse.Namespace, cuda: bool) -> None:
 
 def legs(args: argparse.Namespace, cuda: bool) -> None:
     """The table of `legs`."""
-    print("\n| layout | member | exchange | experts | other kernels |\n|---|---|---|---|---|")
+    print(
+        "\n| layout | member | passes of a layer seen | exchange us a pass | experts | other kernels |"
+        "\n|---|---|---|---|---|---|"
+    )
     for name, shape in layouts(args.gpus).items():
         if args.layouts and name not in args.layouts:
             continue
@@ -201,45 +94,64 @@ def legs(args: argparse.Namespace, cuda: bool) -> None:
                 rank.tell(do="watch", seconds=0.5)
             for member, rank in layout.of.items():
                 seen = rank.hear("watched")
-                parts = (seen[k] for k in ("exchange", "experts", "other"))
-                print(f"| {name} | {member} | " + " | ".join(f"{p:.0%}" for p in parts) + " |")
+                parts = " | ".join(
+                    f"{seen[k]:.0f}" for k in ("passes", "exchange", "experts", "other")
+                )
+                print(f"| {name} | {member} | {parts} |")
                 if args.kernels:
                     print("  ", seen["most"], flush=True)
 
 
 def loss(args: argparse.Namespace, cuda: bool) -> None:
     """The table of `loss`."""
-    experts = args.gpus - 1
-    if experts < 2:
-        raise SystemExit(
-            "an expert is lost among two expert members or more: --gpus 3, or leave `loss` out"
-        )
-    shape = {"attention": 1, "experts": experts, "router": "attention"}
     print(
         "\n| experts | noticed ms | next epoch s | prepare, connect s | longest pause s | requests with other tokens |"
     )
     print("|---|---|---|---|---|---|")
-    for replicas, words in ((1, "on two shards"), (0, "on one shard")):
-        with children(__file__, args.gpus, cuda, *passed(args)) as ranks:
-            layout = Layout(args, ranks, **shape)
-            layout.enter(replicas)
-            todo = requests(layout.model, 16, 300 if cuda else 40, 400)
-            want, _ = layout.run(todo)
-            (home,) = layout.submit(todo)[:1]
-            time.sleep(1.0)
-            noticed = layout.lose(f"experts-{experts - 1}")
-            start = time.monotonic()
-            entered = layout.enter()
-            took = time.monotonic() - start
-            said = home.hear("done")
-            gaps = [b - a for t in said["times"].values() for a, b in pairwise(t)]
-            other = sum(said["tokens"][r] != want[r] for r in want)
-            slow = [max(e[k] for e in entered) for k in ("prepare_s", "connect_s")]
-            print(
-                f"| {words} | {noticed * 1e3:.0f} | {took:.2f} | {slow[0]:.2f}, {slow[1]:.2f} | "
-                f"{max(gaps):.2f} | {other} of {len(want)} |",
-                flush=True,
-            )
+    if args.gpus < 3:
+        lose_one(args, cuda, "in a spare process, too", 0)
+        return
+    lose_one(args, cuda, "on two shards", 1)
+    lose_one(args, cuda, "on one shard", 0)
+
+
+def lose_one(args: argparse.Namespace, cuda: bool, words: str, replicas: int) -> None:
+    """A row of that table: the last expert member of an epoch is lost under streams.
+
+    Two GPUs have no room for a second shard in one communicator. A process on the shard's own GPU that has
+    loaded the same experts replaces it there.
+    """
+    spare = args.gpus < 3
+    experts = args.gpus - 1 + spare
+    with children(__file__, args.gpus, cuda, *passed(args), spare=spare) as ranks:
+        layout = Layout(args, ranks, attention=1, experts=experts, router="attention")
+        everyone = layout.infos
+        if spare:
+            layout.infos = [i for i in everyone if i.name != "experts-0"]
+        layout.enter(replicas)
+        todo = requests(layout.model, 16, 300 if cuda else 40, 400)
+        want, _ = layout.run(todo)
+        lost = "experts-0" if spare else f"experts-{experts - 1}"
+        if spare:
+            layout.change([i for i in everyone if i.name != "experts-1"])
+            layout.run(todo)
+        (home,) = layout.submit(todo)[:1]
+        time.sleep(1.0)
+        noticed = layout.lose(lost)
+        if spare:
+            layout.infos = [i for i in everyone if i.name != lost]
+        start = time.monotonic()
+        entered = layout.enter()
+        took = time.monotonic() - start
+        said = home.hear("done")
+        gaps = [b - a for t in said["times"].values() for a, b in pairwise(t)]
+        other = sum(said["tokens"][r] != want[r] for r in want)
+        slow = [max(e[k] for e in entered) for k in ("prepare_s", "connect_s")]
+        print(
+            f"| {words} | {noticed * 1e3:.0f} | {took:.2f} | {slow[0]:.2f}, {slow[1]:.2f} | "
+            f"{max(gaps):.2f} | {other} of {len(want)} |",
+            flush=True,
+        )
 
 
 def passed(args: argparse.Namespace) -> list[str]:
@@ -256,7 +168,7 @@ def main() -> None:
     parser.add_argument("--model", default="")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--layouts", nargs="+", default=[])
-    parser.add_argument("--micro-batches", type=int, default=2)
+    parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--child", type=int)

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-LIMIT_S = 150.0
+LIMIT_S = 300.0
 
 
 class Child:
@@ -80,9 +80,12 @@ class Child:
 
 
 @contextmanager
-def children(script: str, count: int, cuda: bool, *arguments: str) -> Iterator[list[Child]]:
-    """Start so many, and end them."""
-    made = [Child(script, i, cuda, *arguments) for i in range(count)]
+def children(
+    script: str, count: int, cuda: bool, *arguments: str, spare: bool = False
+) -> Iterator[list[Child]]:
+    """Start so many, one more on the last one's GPU if there is a `spare`, and end them."""
+    numbers = [*range(count), *([count - 1] if spare else [])]
+    made = [Child(script, i, cuda, *arguments) for i in numbers]
     try:
         yield made
     finally:

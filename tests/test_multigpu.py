@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bench import nccl_members
-from bench.nccl_members import Layout, layouts, requests
+from bench.nccl_layout import Layout, layouts, requests
 from bench.spread import children
 
 from whalepod.model.checkpoint import Checkpoint
