@@ -6,17 +6,18 @@ Legend: T queries, H index heads, I index_head_dim, E entries, BN keys of a tile
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from whalepod.kernels.attention_triton import WIDE, product
+from whalepod.kernels.decode_attention_triton import processors
 from whalepod.kernels.index_scores import KeyFormat, index_scores
 from whalepod.kernels.jit import INTERPRETED, jit, on_hopper, runs, tl, triton
 from whalepod.kernels.overlap import begin, early
 
-# Programs that fill a GPU, three on each processor.
+# Programs that fill a GPU, three on each processor. Where keys lie as rows, Hopper's kernel holds four tiles
+# of them, and a processor has room for one program: more would wait for the first and begin anew.
 _PROGRAMS = 396
 
 
@@ -207,12 +208,13 @@ def _scores(
     t, heads, dims = q_THI.shape
     e = table_SB.shape[1] * per
     out = torch.empty(t, e, dtype=torch.float32, device=q_THI.device)
-    run = tiles.run or min(16, max(1, triton.cdiv(t * triton.cdiv(e, tiles.keys), _PROGRAMS)))
-    source: Any = scores_kernel
+    source, programs = scores_kernel, _PROGRAMS
     if tiles.gluon and dims == 128 and on_hopper(q_THI.device):
         from whalepod.kernels import index_scores_gluon  # noqa: PLC0415 - for Hopper alone
 
         source = index_scores_gluon.scores_kernel
+        programs = processors(q_THI.device) if kind == "rows" else _PROGRAMS
+    run = tiles.run or min(16, max(1, triton.cdiv(t * triton.cdiv(e, tiles.keys), programs)))
     source[(triton.cdiv(e, tiles.keys * run), t)](
         q_THI, gate_TH, keys, table_SB, sequences_T, seen_T, out, table_SB.shape[1], e, heads, run,
         gate_TH.stride(0), scale,
