@@ -10,18 +10,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from whalepod.engine.admission import Limits, Pace
 from whalepod.engine.grammar import Grammars
 from whalepod.engine.held import Held
 from whalepod.engine.payoff import Payoff
+from whalepod.engine.plan import Plan
 from whalepod.engine.prompt import PromptLogprobs
 from whalepod.engine.request import Request, Sequence, TokenEvent
 from whalepod.engine.sampler import Drawn
 from whalepod.engine.scheduler import Scheduler
-from whalepod.engine.step import Part, Step, split
+from whalepod.engine.step import split
 from whalepod.errors import RequestError
 
 _TOO_COMPLEX = "the grammar takes more work for a token than is allowed; simplify it"
@@ -37,32 +38,6 @@ class Counters:
     repeated_steps: int = 0
     drafted: int = 0
     accepted: int = 0
-
-
-@dataclass(slots=True)
-class Plan:
-    """A step and the sequences behind its parts."""
-
-    step: Step
-    planned: list[tuple[Sequence, Part]]
-    running: int = 0
-    drafts: int = 0
-    begun: float = field(default_factory=time.perf_counter)
-    by_slot: dict[int, Sequence] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Index by slot."""
-        self.by_slot = {part.slot: sequence for sequence, part in self.planned}
-
-    @property
-    def verifies(self) -> bool:
-        """Whether any part has drafts."""
-        return any(part.drafts for _, part in self.planned)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether no part is a chunk of a prompt."""
-        return all(len(part.ids) == 1 + part.drafts for _, part in self.planned)
 
 
 class EngineLoop:
@@ -199,29 +174,26 @@ class EngineLoop:
             drafts: guesses at what comes after each slot's new tokens.
             told: in the order of the parts that tell of their prompts.
         """
-        before, rest = self.counters.generated, iter(drawn)
-        emitted: dict[int, list[Drawn]] = {}
-        for part in (p for m in plan.step.micro_batches for p in m.parts if p.draw is not None):
-            got = [next(rest) for _ in range(1 + part.drafts)]
-            emitted[part.slot] = got[: len(part.emitted([d.token for d in got]))]
-            self.counters.drafted += part.drafts
-            self.counters.accepted += len(emitted[part.slot]) - 1
-            plan.by_slot[part.slot].tally.drafted = part.drafts
-        self.scheduler.advance(plan.planned, {slot: len(e) - 1 for slot, e in emitted.items()})
+        before, emitted = self.counters.generated, plan.emitted(drawn)
+        right = {slot: len(made) - 1 for slot, made in emitted.items() if len(made) > 1}
+        self.counters.accepted += sum(right.values())
+        self.counters.drafted += sum(part.drafts for _, part in plan.planned)
+        self.scheduler.advance(plan.planned, right)
         telling = (p for m in plan.step.micro_batches for p in m.parts if p.tell is not None)
         for part, rows in zip(telling, told, strict=True):
             plan.by_slot[part.slot].learn(rows)
         for slot, made in emitted.items():
             sequence = plan.by_slot[slot]
-            sequence.drafts = list((drafts or {}).get(slot, ()))
+            sequence.drafts = list(drafts.get(slot, ())) if drafts else []
             self._accept(sequence, made)
         for sequence in (s for s, part in plan.planned if part.draw is None and not s.pending):
             self._forget(sequence)
             self.emit(sequence.end())
         self.counters.steps += 1
         self.counters.tokens += plan.step.tokens
-        self._measure(sum(len(p.ids) for _, p in plan.planned if len(p.ids) > 1 + p.drafts))
-        if plan.decodes:
+        prompts = sum(len(p.ids) for _, p in plan.planned if len(p.ids) > 1 + p.drafts)
+        self._measure(prompts)
+        if not prompts:
             took, count = time.perf_counter() - plan.begun, self.counters.generated - before
             self.payoff.learn(plan.running, plan.verifies, took, count)
 

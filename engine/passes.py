@@ -12,8 +12,8 @@ from torch import Tensor
 from whalepod.engine.attention import AttentionStage
 from whalepod.engine.experts import Experts, LocalExperts
 from whalepod.engine.fixed_passes import FixedExperts
-from whalepod.engine.loop import Plan
 from whalepod.engine.outcome import draw_from, outcome
+from whalepod.engine.plan import Plan
 from whalepod.engine.prompt import PromptLogprobs
 from whalepod.engine.sampler import Drawn
 from whalepod.engine.step import Part, Step

@@ -106,7 +106,7 @@ class Request:
     copies: int = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen ones take several times as long to make, and there is one a token
 class TokenEvent:
     """One new token of one request, or its end.
 
@@ -178,6 +178,7 @@ class Sequence:
         "served",
         "slot",
         "submitted",
+        "table",
         "tally",
         "tokens",
         "told",
@@ -195,6 +196,9 @@ class Sequence:
         self.kept: list[tuple[int, int]] = []
         self.slot = -1
         self.blocks: list[int] = []
+        self.table: tuple[
+            int, ...
+        ] = ()  # as the last part had them: the same object while they are
         # Its place in the order of arrival, the step that last computed some of it, and how often
         # a request of better priority has taken its room.
         self.arrived = self.served = self.displaced = 0
@@ -259,7 +263,7 @@ class Sequence:
         self.tokens.append(token)
         if token in request.stop_ids and not request.ignore_eos:
             self.finished = "stop"
-        elif self.generated >= request.max_tokens:
+        elif index + 1 >= request.max_tokens:
             self.finished = "length"
         return self._event(index, token, logprob, alternatives)
 
@@ -272,10 +276,11 @@ class Sequence:
         self, index: int, token: int, logprob: float, alternatives: tuple[tuple[int, float], ...]
     ) -> TokenEvent:
         tally, self.tally = self.tally, Tally()
-        told, self.prompt = self.prompt, None
-        count = self.request.prompt_logprobs or 0
+        told = None
+        if self.prompt is not None:
+            told = PromptLogprobs.join(self.prompt, self.request.prompt_logprobs or 0)
+            self.prompt = None
         return TokenEvent(
-            *(self.request.id, index, token, logprob, self.finished, None, self.cached),
-            *(tally.drafted, tally.accepted, tally.preempted, tally.queued_s, alternatives),
-            None if told is None else PromptLogprobs.join(told, count),
-        )
+            self.request.id, index, token, logprob, self.finished, None, self.cached,
+            tally.drafted, tally.accepted, tally.preempted, tally.queued_s, alternatives, told,
+        )  # fmt: skip

@@ -52,11 +52,12 @@ class Room:
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give a sequence blocks for `tokens` if they are free or held by nobody."""
         wanted = self.blocks_for(tokens) - len(sequence.blocks)
+        if wanted <= 0:
+            return True
         self.prefixes.evict(wanted - self.blocks.free)
         if wanted > self.blocks.free:
             return False
-        if wanted > 0:
-            sequence.blocks += self.blocks.take(wanted)
+        sequence.blocks += self.blocks.take(wanted)
         return True
 
     def match(self, sequence: Sequence) -> tuple[list[Node], int]:
@@ -122,10 +123,13 @@ class Room:
         if not self._reuse:
             return ()
         start, size = sequence.computed, self.block_tokens
+        borders = {at for at in (end // size * size, sequence.branch) if start < at <= end}
+        if not borders:
+            return ()
         pinned = {s.restore for s in running} | set(self._reserved)
         found = []
-        for at in {end // size * size, sequence.branch}:
-            if start < at <= end and (slot := self.prefixes.reserve(pinned)) >= 0:
+        for at in borders:
+            if (slot := self.prefixes.reserve(pinned)) >= 0:
                 self._reserved.append(slot)
                 found.append((at - start, slot))
         return tuple(sorted(found))
@@ -141,6 +145,8 @@ class Room:
             return
         size, nodes = self.block_tokens, sequence.nodes
         complete = min(sequence.computed, len(sequence.tokens)) // size
+        if complete <= len(nodes) and not sequence.kept:
+            return
         for i in range(len(nodes), complete):
             parent = nodes[-1] if nodes else self.prefixes.root(sequence.request.cache_salt)
             key = tuple(sequence.tokens[i * size : (i + 1) * size])

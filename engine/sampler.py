@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,7 @@ def uniform(seed: int, position: int) -> float:
     return ((x ^ (x >> 31)) >> 11) / (1 << 53)
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(NamedTuple):
     """A token, and its log-probability under the unmodified logits.
 
     Token -1: its grammar took more work than its limits allow, so there is none.
@@ -71,7 +70,7 @@ def sample(
     if not any(s.alternatives for s in settings):
         return drawn
     return [
-        replace(d, alternatives=best(logits_NV[i], s.alternatives)) if s.alternatives else d
+        d._replace(alternatives=best(logits_NV[i], s.alternatives)) if s.alternatives else d
         for i, (d, s) in enumerate(zip(drawn, settings, strict=True))
     ]
 
@@ -157,7 +156,7 @@ def _numbers(settings: Sampling, position: int) -> tuple[float, float, float, fl
         settings.top_k,
         settings.top_p,
         least,
-        uniform(settings.seed, position),
+        uniform(settings.seed, position) if settings.temperature else 0.0,
     )
 
 

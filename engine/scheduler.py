@@ -87,7 +87,8 @@ class Scheduler:
             self.room.record(sequence)
         self._admit()
         running = sorted(self.running, key=rank)
-        self._spare = self.blocks.free - self.room.demand(running)
+        # Only drafts ask for it.
+        self._spare = self.blocks.free - self.room.demand(running) if self.drafts else 0
         planned: list[tuple[Sequence, Part]] = []
         rows = divide(running, self.step_tokens, self._guesses)
         for sequence in running:
@@ -102,11 +103,12 @@ class Scheduler:
         """The planned parts have been computed and committed.
 
         Args:
-            right: how many of a slot's drafts were.
+            right: how many of a slot's drafts were, where any were.
         """
         self._steps += 1
+        right = right or {}
         for sequence, part in planned:
-            rows = len(part.ids) - part.drafts + (right or {}).get(part.slot, 0)
+            rows = len(part.ids) - part.drafts + right.get(part.slot, 0)
             for after, snapshot in part.keep:
                 if after <= rows:
                     self.room.kept(sequence, part.start + after, snapshot)
@@ -117,28 +119,32 @@ class Scheduler:
         self, sequence: Sequence, rows: int, planned: list[tuple[Sequence, Part]]
     ) -> None:
         self.room.look_again(sequence)
-        drafts = self._drafts(sequence, rows - 1) if sequence.pending == 1 else []
-        end = sequence.computed + min(sequence.pending, rows)
+        request, start, known = sequence.request, sequence.computed, len(sequence.tokens)
+        drafts = self._drafts(sequence, rows - 1) if known - start == 1 and rows > 1 else []
+        end = min(known, start + rows)
         if not self._grow(sequence, end + len(drafts)):
             return
-        wants = sequence.generated < sequence.request.max_tokens
-        draws = wants and end == len(sequence.tokens)
+        draws = end == known and sequence.generated < request.max_tokens
+        if (table := tuple(sequence.blocks)) != sequence.table:
+            sequence.table = table
         part = Part(
             sequence.slot,
-            sequence.computed,
-            (*sequence.tokens[sequence.computed : end], *drafts),
-            tuple(sequence.blocks),
-            (sequence.request.sampling, end) if draws else None,
+            start,
+            (*sequence.tokens[start:end], *drafts),
+            sequence.table,
+            (request.sampling, end) if draws else None,
             len(drafts),
             sequence.restore,
             self.room.keep(sequence, end + len(drafts), self.running),
-            sequence.history() if draws else None,
-            sequence.tell(end),
+            sequence.history() if draws and request.sampling.adjust is not None else None,
+            sequence.tell(end) if request.prompt_logprobs is not None else None,
         )
         planned.append((sequence, part))
 
     def _guesses(self, sequence: Sequence) -> int:
         """Guesses worth verifying: never one past the request's last token."""
+        if not (self.drafts and sequence.drafts):
+            return 0
         remaining = sequence.request.max_tokens - sequence.generated
         return max(0, min(self.drafts, remaining - 1, len(sequence.drafts)))
 

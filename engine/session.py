@@ -35,9 +35,10 @@ from whalepod.engine.legs import (
     Incoming,
     Outgoing,
 )
-from whalepod.engine.loop import EngineLoop, Plan
+from whalepod.engine.loop import EngineLoop
 from whalepod.engine.outcome import outcome
 from whalepod.engine.passes import keep, restore, run_alone, run_fixed, settle
+from whalepod.engine.plan import Plan
 from whalepod.engine.prompt import PromptLogprobs
 from whalepod.engine.router import Router
 from whalepod.engine.sampler import Drawn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence as Seq
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,8 +13,7 @@ from whalepod.engine.request import Adjust, Grammar, Sampling
 from whalepod.model.batch import Batch, Span
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """New tokens of one sequence in a step.
 
     `draw` holds (settings, position) when the last token's logits give the next token, and is
@@ -94,7 +93,7 @@ class MicroBatch:
         """What was known before each draw, in the order of `draws`."""
         found: list[tuple[int, tuple[int, ...]] | None] = []
         for part in (p for p in self.parts if p.draw is not None):
-            guesses = part.ids[len(part.ids) - part.drafts :]
+            guesses = part.ids[len(part.ids) - part.drafts :] if part.drafts else ()
             for i in range(1 + part.drafts):
                 known = part.history
                 found.append(known and (known[0], known[1] + guesses[:i]))
@@ -186,9 +185,11 @@ def split(parts: Seq[Part], count: int) -> Step:
     groups: list[list[Part]] = [[] for _ in range(count)]
     loads = [0] * count
     for part in sorted(parts, key=lambda p: -len(p.ids)):
-        lightest = loads.index(min(loads))
+        lightest = loads.index(min(loads)) if count > 1 else 0
         groups[lightest].append(part)
         loads[lightest] += len(part.ids)
-    return Step(
-        tuple(MicroBatch(tuple(sorted(g, key=lambda p: len(p.ids) > 1))) for g in groups if g)
-    )
+    return Step(tuple(MicroBatch(tuple(sorted(g, key=_is_chunk))) for g in groups if g))
+
+
+def _is_chunk(part: Part) -> bool:
+    return len(part.ids) > 1

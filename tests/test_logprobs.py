@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,7 @@ class Telling(Scripted):
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         async for event in super().generate(request):
             others = ((event.token, -0.5), (300, -1.25))[: request.sampling.alternatives]
-            fields = {f: getattr(event, f) for f in TokenEvent.__slots__}
-            yield TokenEvent(**{**fields, "alternatives": others})
+            yield replace(event, alternatives=others)
 
 
 TEXT = "whale é"
