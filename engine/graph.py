@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whalepod.engine.step import MicroBatch
+from whalepod.engine.step import MicroBatch, Part
 from whalepod.model.batch import Batch
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class DecodeGraphs:
     def __init__(self, stage: AttentionStage, *, capture: bool = True) -> None:
         self.stage = stage
         self.captures = Captures[list[Made | None]](capture)
-        self._inputs: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self._inputs: dict[tuple[int, int, int], _Inputs] = {}
 
     @staticmethod
     def able(stage: AttentionStage) -> bool:
@@ -145,14 +145,10 @@ class DecodeGraphs:
     def _put(self, number: int, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Ids, positions and slots `[3, rows]`, and tables `[rows, width]`, where graphs read them."""
         rows, width = _shape(micro_batch)
-        made = _inputs(micro_batch, rows, width)
         found = self._inputs.get((number, rows, width))
         if found is None:
-            device = self.stage.device
-            found = self._inputs[number, rows, width] = made[0].to(device), made[1].to(device)
-        for there, here in zip(found, made, strict=True):
-            there.copy_(here)
-        return found
+            found = self._inputs[number, rows, width] = _Inputs(rows, width, self.stage.device)
+        return found.put(micro_batch.parts)
 
     def _pass(
         self, given: Seq[tuple[Tensor, Tensor] | None], experts: Reached
@@ -176,14 +172,26 @@ def _shape(micro_batch: MicroBatch) -> tuple[int, int]:
     return rows_of(len(parts)) or 0, width_of(max(len(p.blocks) for p in parts))
 
 
-def _inputs(micro_batch: MicroBatch, rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Ids, positions and slots `[3, rows]` int64, and block tables `[rows, width]` int32."""
-    parts = micro_batch.parts
-    parts = (*parts, *(parts[:1] * (rows - len(parts))))
-    numbers = np.array(
-        [[p.ids[0] for p in parts], [p.start for p in parts], [p.slot for p in parts]]
-    )
-    table = np.zeros((rows, width), np.int32)
-    for row, part in zip(table, parts, strict=True):
-        row[: len(part.blocks)] = part.blocks
-    return torch.from_numpy(numbers), torch.from_numpy(table)
+class _Inputs:
+    """What the graphs of one size read, on the device, and what of it is there already."""
+
+    def __init__(self, rows: int, width: int, device: torch.device) -> None:
+        self._numbers = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        self._tables = torch.zeros(rows, width, dtype=torch.int32, device=device)
+        self._host = np.zeros((rows, width), np.int32)
+        self._written: list[tuple[int, ...]] = [()] * rows
+
+    def put(self, parts: tuple[Part, ...]) -> tuple[Tensor, Tensor]:
+        """Ids, positions and slots `[3, rows]` int64, and block tables `[rows, width]` int32."""
+        parts = (*parts, *(parts[:1] * (len(self._written) - len(parts))))
+        numbers = [[p.ids[0] for p in parts], [p.start for p in parts], [p.slot for p in parts]]
+        self._numbers.copy_(torch.from_numpy(np.array(numbers)))
+        # Few sequences get a block in a step, and a table is the same object until its own does.
+        changed = [i for i, p in enumerate(parts) if p.blocks is not self._written[i]]
+        for i in changed:
+            self._host[i, : len(parts[i].blocks)] = parts[i].blocks
+        if changed:
+            self._tables.copy_(torch.from_numpy(self._host))
+        for i in changed:
+            self._written[i] = parts[i].blocks
+        return self._numbers, self._tables
