@@ -104,7 +104,7 @@ class DecodeGraphs:
     def __init__(self, stage: AttentionStage, *, capture: bool = True) -> None:
         self.stage = stage
         self.captures = Captures[list[Made | None]](capture)
-        self._inputs: dict[tuple[int, int, int], _Inputs] = {}
+        self._inputs: dict[tuple[int, int, int], GraphInputs] = {}
 
     @staticmethod
     def able(stage: AttentionStage) -> bool:
@@ -147,7 +147,7 @@ class DecodeGraphs:
         rows, width = _shape(micro_batch)
         found = self._inputs.get((number, rows, width))
         if found is None:
-            found = self._inputs[number, rows, width] = _Inputs(rows, width, self.stage.device)
+            found = self._inputs[number, rows, width] = GraphInputs(rows, width, self.stage.device)
         return found.put(micro_batch.parts)
 
     def _pass(
@@ -172,7 +172,7 @@ def _shape(micro_batch: MicroBatch) -> tuple[int, int]:
     return rows_of(len(parts)) or 0, width_of(max(len(p.blocks) for p in parts))
 
 
-class _Inputs:
+class GraphInputs:
     """What the graphs of one size read, on the device, and what of it is there already."""
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:

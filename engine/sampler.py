@@ -142,13 +142,13 @@ def _mostly_on_device(
 
 
 def _on_device(logits_NV: Tensor, settings: Seq[Sampling], positions: Seq[int]) -> list[Drawn]:
-    rows = [_numbers(s, p) for s, p in zip(settings, positions, strict=True)]
+    rows = [settings_row(s, p) for s, p in zip(settings, positions, strict=True)]
     numbers = torch.tensor(rows, dtype=torch.float64).to(logits_NV.device)
     tokens, logprobs = kernels.sample(logits_NV, numbers)
     return [Drawn(t, p) for t, p in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
 
 
-def _numbers(settings: Sampling, position: int) -> tuple[float, float, float, float, float]:
+def settings_row(settings: Sampling, position: int) -> tuple[float, float, float, float, float]:
     """A row of `kernels.sample.sample`'s settings."""
     least = math.log(settings.min_p) if settings.min_p else float("-inf")
     return (
@@ -165,4 +165,4 @@ def draw(logits_V: Tensor, settings: Sampling, position: int) -> int:
 
     Candidates are taken in the order of (-logit, id), in fp64, so equal logits give equal tokens.
     """
-    return kernels.draw_row(logits_V, *_numbers(settings, position))
+    return kernels.draw_row(logits_V, *settings_row(settings, position))

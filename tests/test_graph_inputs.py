@@ -6,13 +6,13 @@ from random import Random
 
 import torch
 
-from whalepod.engine.graph import _Inputs
+from whalepod.engine.graph import GraphInputs
 from whalepod.engine.request import Sampling
 from whalepod.engine.step import Part
 
 
 def test_graphs_read_what_the_parts_say() -> None:
-    rng, inputs = Random(5), _Inputs(6, 8, torch.device("cpu"))
+    rng, inputs = Random(5), GraphInputs(6, 8, torch.device("cpu"))
     tables = {slot: tuple(range(10 * slot, 10 * slot + 3)) for slot in range(9)}
     for _ in range(60):
         grown = rng.randrange(9)
