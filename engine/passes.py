@@ -96,6 +96,13 @@ def settle(
     stage: AttentionStage, plan: Plan, batches: Seq[Batch], x: Seq[Tensor], drawn: list[Drawn]
 ) -> dict[int, list[int]]:
     """Make a pass's state visible as far as its guesses were right; returns drafts by slot."""
+    if stage.drafter is None:  # nothing is a guess
+        for micro_batch, batch in zip(plan.step.micro_batches, batches, strict=False):
+            for part in micro_batch.parts:
+                if part.keep:
+                    keep(stage, batch, part, len(part.ids))
+            batch.commit()
+        return {}
     rest = iter(drawn)
     drafts: dict[int, list[int]] = {}
     for micro_batch, batch, x_TCD in zip(plan.step.micro_batches, batches, x, strict=False):
@@ -109,7 +116,7 @@ def settle(
             right = len(part.ids) - wrong
             keep(stage, batch, part, right)
             batch.commit(part.slot, right)
-        if stage.drafter is not None and plan.drafts:
+        if plan.drafts:
             drafts |= stage.drafter.propose(micro_batch, x_TCD, emitted, plan.drafts)
     return drafts
 
