@@ -153,7 +153,7 @@ def test_sizes_follow_from_the_header() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["afd 2+2+2"])
+@pytest.mark.parametrize("name", ["ep 3, one micro-batch", "afd 2+2+2"])
 def test_a_crowded_shard_voids_the_step_and_the_next_has_room(
     name: str, tiny: Path, alone: Output, fixed_steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

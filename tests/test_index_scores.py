@@ -39,9 +39,8 @@ def state(kind: KeyFormat, seen: list[int], per: int = 32, heads: int = 8) -> tu
     keys = packed(values, per, kind)
     table = torch.randperm(blocks, generator=g, device=DEVICE)[: sequences * width]
     q = torch.randn(sequences, heads, 128, generator=g, device=DEVICE).to(DTYPE)
-    gate = torch.randn(sequences, heads + 3, generator=g, device=DEVICE)[
-        :, 2:-1
-    ]  # part of wider rows
+    wider = torch.randn(sequences, heads + 3, generator=g, device=DEVICE)
+    gate = wider[:, 2:-1]  # as part of a product's columns
     own = torch.arange(sequences, device=DEVICE)
     counts = torch.tensor(seen, device=DEVICE)
     return q, gate, keys, kind, per, table.view(sequences, width).int(), own, counts, 0.3
