@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from whalepod.kernels import dense_wide
+from whalepod.kernels import dense_hopper, dense_wide
 from whalepod.kernels.counters import zeros
+from whalepod.kernels.dense_hopper import Cut, Kind
 from whalepod.kernels.jit import INTERPRETED, triton
 from whalepod.kernels.overlap import early
-
-Kind = Literal["fp8", "quant", "bf16"]
 
 _BLOCK, _PROGRAMS, _APART_ROWS = 128, 264, 128
 _JOIN_ROWS, _WIDE = 32, 512
@@ -69,28 +66,38 @@ def dense(
     if kind == "fp8" and w_scales is not None and not parts and dense_wide.pays(x, columns):
         return dense_wide.product(x, w, w_scales, outputs, columns, groups, chunk, dtype)
     chunks = triton.cdiv(triton.cdiv(columns, _BLOCK), chunk)
-    apart = rows <= _APART_ROWS and chunks > 1
-    whole = not (apart or parts)
+    hopper = dense_hopper.runs(x, w, kind, columns, groups)
+    if hopper:
+        cut = dense_hopper.cut_of(kind, rows, outputs, columns, groups, chunks)
+    else:
+        apart = rows <= _APART_ROWS and chunks > 1
+        of_group = groups * (chunks if apart else 1)
+        cut = Cut(*tile_of(kind, rows, outputs, of_group, x.dtype == torch.float32), apart)
+    whole = not (cut.apart or parts)
     out = x.new_empty(
-        *(() if whole else (chunks if apart else 1,)), rows, groups * outputs,
+        *(() if whole else (chunks if cut.apart else 1,)), rows, groups * outputs,
         dtype=dtype if whole else torch.float32,
     )  # fmt: skip
     if not rows:
         return out if whole or parts else x.new_empty(0, groups * outputs, dtype=dtype)
-    n, m, warps, stages = tile_of(
-        kind, rows, outputs, groups * (chunks if apart else 1), x.dtype == torch.float32
-    )
     exact = INTERPRETED or x.dtype == torch.float32
-    tiles, added = triton.cdiv(outputs, n) * triton.cdiv(rows, m), apart and not parts
+    tiles = triton.cdiv(outputs, cut.outputs) * triton.cdiv(rows, cut.rows)
+    added = cut.apart and not parts
     join = added and rows <= _JOIN_ROWS
     made = x.new_empty(rows, groups * outputs, dtype=dtype) if added else out
-    dense_kernel[(tiles, chunks if apart else 1, groups)](
-        x, w if scales is None else scales, w, w if w_scales is None else w_scales, out, made,
-        zeros(x.device, tiles * groups) if join else None, rows,
-        N=outputs, COLUMNS=columns, KIND=kind, GROUPS=groups, CHUNK=chunk, APART=apart, JOIN=join,
-        BN=n, BM=m, EXACT=exact, num_warps=warps, num_stages=stages,
-        **early(),
+    grid = tiles, chunks if cut.apart else 1, groups
+    scaled = w if scales is None else scales, w if w_scales is None else w_scales
+    rest = (
+        out, made, zeros(x.device, tiles * groups) if join else None, rows, outputs, columns, kind,
+        groups, chunk, cut.apart, join, cut.outputs, cut.rows,
     )  # fmt: skip
+    if hopper:
+        dense_hopper.launch(grid, x, w, scaled, rest, cut)
+    else:
+        dense_kernel[grid](
+            x, scaled[0], w, scaled[1], *rest, EXACT=exact, num_warps=cut.warps,
+            num_stages=cut.stages, **early(),
+        )  # fmt: skip
     if added and not join:
         sum_kernel[(triton.cdiv(made.numel(), _WIDE),)](
             out, made, made.numel(), CHUNKS=chunks, WIDE=_WIDE, EXACT=exact, num_warps=2, **early()

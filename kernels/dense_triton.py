@@ -19,6 +19,27 @@ from whalepod.kernels.jit import jit, tl
 from whalepod.kernels.narrow import rounded
 from whalepod.kernels.overlap import begin
 
+# Two words to the bf16 values of their low and of their high bytes, times the third operand.
+E4M3_TO_BF16 = tl.constexpr(
+    """
+    {
+    .reg .b32 f, t, u;
+    prmt.b32 f, $3, 0, 0x1010;
+    shl.b32 t, $2, 8;
+    and.b32 t, t, 0x80008000;
+    shl.b32 u, $2, 4;
+    and.b32 u, u, 0x07F007F0;
+    or.b32 t, t, u;
+    mul.rn.bf16x2 $0, t, f;
+    and.b32 t, $2, 0x80008000;
+    shr.u32 u, $2, 4;
+    and.b32 u, u, 0x07F007F0;
+    or.b32 t, t, u;
+    mul.rn.bf16x2 $1, t, f;
+    }
+    """
+)
+
 
 @jit
 def widen_words(words, factor, EXACT: tl.constexpr):
@@ -37,23 +58,7 @@ def widen_words(words, factor, EXACT: tl.constexpr):
         b = (high << 16).to(tl.float32, bitcast=True) * by
     else:
         a, b = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 f, t, u;
-            prmt.b32 f, $3, 0, 0x1010;
-            shl.b32 t, $2, 8;
-            and.b32 t, t, 0x80008000;
-            shl.b32 u, $2, 4;
-            and.b32 u, u, 0x07F007F0;
-            or.b32 t, t, u;
-            mul.rn.bf16x2 $0, t, f;
-            and.b32 t, $2, 0x80008000;
-            shr.u32 u, $2, 4;
-            and.b32 u, u, 0x07F007F0;
-            or.b32 t, t, u;
-            mul.rn.bf16x2 $1, t, f;
-            }
-            """,
+            E4M3_TO_BF16,
             "=&r,=&r,r,r,r",
             args=[words, each],
             dtype=(tl.bfloat16, tl.bfloat16),

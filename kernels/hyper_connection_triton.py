@@ -88,16 +88,17 @@ def mix_kernel(
     f, more, x, post, comb, out, fn, parts, T,
     D: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, POST: tl.constexpr,
     PROJECT: tl.constexpr, EXACT: tl.constexpr, CUTS: tl.constexpr, TOKENS: tl.constexpr,
-    COLS: tl.constexpr, REPEAT: tl.constexpr, SWAP: tl.constexpr, EARLY: tl.constexpr = False,
+    COLS: tl.constexpr, REPEAT: tl.constexpr, SWAP: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """First launch, over `[T, 4, D]`: REPEAT tiles; without POST `out` and `f` are not looked at."""
     split = tl.program_id(SWAP)
     column = split * COLS + tl.arange(0, COLS)
-    begin(EARLY)
-    kind = x.dtype.element_ty
-    if PROJECT and REPEAT > 1:  # for one tile they are loaded late, which takes fewer registers
+    # Weights do not wait. For one tile of several they are loaded late, which takes fewer registers.
+    if PROJECT and AHEAD:
         w0, w1 = _weights(fn, column, D, N, 0), _weights(fn, column, D, N, 1)
         w2, w3 = _weights(fn, column, D, N, 2), _weights(fn, column, D, N, 3)
+    begin(EARLY)
+    kind = x.dtype.element_ty
     for i in range(REPEAT):
         t = ((tl.program_id(1 - SWAP) * REPEAT + i) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
         live = t < T
@@ -123,7 +124,7 @@ def mix_kernel(
             tl.store(out + at + 3 * D, x3, mask=kept)
         if PROJECT:
             acc = tl.zeros((TOKENS, 32), tl.float32)
-            if REPEAT > 1:
+            if AHEAD:
                 acc = _times(_times(acc, x0, w0, EXACT), x1, w1, EXACT)
                 acc = _times(_times(acc, x2, w2, EXACT), x3, w3, EXACT)
             else:
@@ -183,16 +184,19 @@ def finish_kernel(
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """The first SINKS programs finish gates and matrices, each other one collapses a token."""
-    begin(EARLY)
     pid = tl.program_id(0)
+    d = tl.arange(0, WIDTH)
+    kept = d < D
+    if NORM:  # weights do not wait
+        weight = tl.load(norm + d, mask=kept, other=0.0)
+    begin(EARLY)
     if pid < SINKS:
         _sinkhorn(
             parts, scales, base, post, comb, pid * TOKENS, T, D, SPLITS, ITERS, EPS, RMS_EPS, TOKENS
         )
         return
     t = (pid - SINKS).to(tl.int64)
-    d = tl.arange(0, WIDTH)
-    kept, at = d < D, x + t * (4 * D) + d
+    at = x + t * (4 * D) + d
     x0, x1 = tl.load(at, mask=kept, other=0.0), tl.load(at + D, mask=kept, other=0.0)
     x2, x3 = tl.load(at + 2 * D, mask=kept, other=0.0), tl.load(at + 3 * D, mask=kept, other=0.0)
     split, n = tl.arange(0, SLOTS), tl.arange(0, 8)
@@ -213,7 +217,7 @@ def finish_kernel(
     if NORM:
         out = rounded(out, kind, CUTS).to(tl.float32)
         factor = 1.0 / tl.sqrt(tl.sum(out * out) / D + RMS_EPS)
-        out = out * factor * tl.load(norm + d, mask=kept, other=0.0)
+        out = out * factor * weight
     tl.store(y + t * D + d, rounded(out, kind, CUTS), mask=kept)
 
 
@@ -229,7 +233,7 @@ def _mix(
         f, more, x, post, comb, out, fn, parts, tokens,
         D=width, N=0 if fn is None else fn.shape[0], SPLITS=splits, POST=f is not None,
         PROJECT=fn is not None, EXACT=INTERPRETED or x.dtype == torch.float32, CUTS=INTERPRETED,
-        TOKENS=TOKENS, COLS=COLS, REPEAT=repeat, SWAP=SWAP, num_warps=WARPS, **FIXED, **early(),
+        TOKENS=TOKENS, COLS=COLS, REPEAT=repeat, SWAP=SWAP, AHEAD=repeat > 1 or tiles == 1, num_warps=WARPS, **FIXED, **early(),
     )  # fmt: skip
 
 

@@ -44,14 +44,16 @@ def _kernel(
     x, weight, out, M, stride, EPS: tl.constexpr, D: tl.constexpr, CUTS: tl.constexpr,
     WEIGHTED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
+    d = tl.arange(0, WIDTH)
+    if WEIGHTED:  # weights do not wait
+        factor = tl.load(weight + d, mask=d < D, other=0.0)[None, :]
     begin(EARLY)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    d = tl.arange(0, WIDTH)
     kept = (row < M)[:, None] & (d < D)[None, :]
     value = tl.load(x + row[:, None] * stride + d[None, :], mask=kept, other=0.0).to(tl.float32)
     value = normed(value, D, EPS)
     if WEIGHTED:
-        value = value * tl.load(weight + d, mask=d < D, other=0.0)[None, :]
+        value = value * factor
     tl.store(
         out + row[:, None] * D + d[None, :], rounded(value, out.dtype.element_ty, CUTS), mask=kept
     )

@@ -63,11 +63,12 @@ def _kernel(
     PAGED: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr, CUTS: tl.constexpr,
     WIDTH: tl.constexpr, EPS: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
+    d, one = tl.arange(0, WIDTH)[None, :], tl.arange(0, 1)
+    weight = tl.load(norm + d, mask=d < D, other=0.0)  # weights do not wait
     begin(EARLY)
     t = tl.program_id(0).to(tl.int64)
-    d, one = tl.arange(0, WIDTH)[None, :], tl.arange(0, 1)
     value = tl.load(kv + t * stride + d, mask=d < D, other=0.0).to(tl.float32)
-    value = normed(value, D, EPS) * tl.load(norm + d, mask=d < D, other=0.0)
+    value = normed(value, D, EPS) * weight
     value = rounded(value, KIND, CUTS).to(tl.float32)
     value = turned(value, turns + t * (2 * PAIRS), D, PAIRS, 1, WIDTH)
     value = rounded(value, KIND, CUTS).to(tl.float32)

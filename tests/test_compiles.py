@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from whalepod.kernels.dense_hopper import Kind, cut_of, shared_bytes
 from whalepod.kernels.jit import INTERPRETED, triton
 
 pytestmark = [
@@ -60,6 +61,38 @@ def test_products_of_few_rows(kind: str, rows: int) -> None:
     assert "atom" in made.asm["ptx"]
 
 
+@pytest.mark.parametrize("rows", [1, 40, 300])
+@pytest.mark.parametrize("kind", ["fp8", "bf16", "quant"])
+def test_products_in_gluon(kind: Kind, rows: int) -> None:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    from whalepod.kernels.dense_gluon import dense_kernel
+
+    cut = cut_of(kind, rows, 1536, 4096, 1, 8)
+    form, codes, wide = {
+        "fp8": ("bf16", "i16", 64),
+        "bf16": ("bf16", "bf16", 64),
+        "quant": ("fp8e4nv", "fp8e4nv", 128),
+    }[kind]
+    layout = NVMMASharedLayout(128, 1024 // wide, 2)
+    x, w = (
+        f"tensordesc<{t}[{tall}, {wide}],{layout!r}>"
+        for t, tall in ((form, cut.rows), (codes, cut.outputs))
+    )
+    types = {"x": x, "xs": FP32, "w": w, "ws": FP32, "out": FP32, "made": BF16, "counters": I32}
+    constants: dict[str, Any] = {
+        **{"N": 1536, "COLUMNS": 4096, "KIND": kind, "GROUPS": 1, "CHUNK": 4, "APART": cut.apart},
+        **{"JOIN": rows == 1, "BN": cut.outputs, "BM": cut.rows, "STAGES": cut.stages},
+        **{"EARLY": True, **({"M": 1} if rows == 1 else {})},
+    }
+    made = compiled(dense_kernel, {**types, "M": "i32"}, constants, num_warps=cut.warps)
+    ptx = made.asm["ptx"]
+    assert "wgmma" in ptx
+    asked, waited = ptx.index("cp.async.bulk.tensor"), ptx.index("griddepcontrol.wait")
+    assert asked < waited, "weights are asked for before the kernel waits for the one before it"
+    assert shared_bytes(kind, cut) <= made.metadata.shared <= 227 << 10
+
+
 def test_messages_of_fixed_sizes() -> None:
     from whalepod.kernels import hand_back, hand_out
 
@@ -107,7 +140,14 @@ def test_hyper_connections(tokens: int) -> None:
     types |= {"fn": FP32, "parts": FP32, "T": "i32"}
     constants: dict[str, Any] = {
         **{"D": 4096, "N": 24, "SPLITS": 4096 // hc.COLS, "POST": True, "PROJECT": True},
-        **{"EXACT": False, "CUTS": False, "TOKENS": hc.TOKENS, "COLS": hc.COLS, "REPEAT": 1},
+        **{
+            "EXACT": False,
+            "CUTS": False,
+            "TOKENS": hc.TOKENS,
+            "COLS": hc.COLS,
+            "REPEAT": 1,
+            "AHEAD": tokens == 1,
+        },
         **{"SWAP": hc.SWAP, "EARLY": True},
     }
     if tokens == 1:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels import dense as launches
-from whalepod.kernels import dense_wide
+from whalepod.kernels import dense_hopper, dense_wide
 from whalepod.kernels.fp8_linear import Fp8Matrix, decode, fp8_linear, pack
 from whalepod.kernels.jit import runs
 from whalepod.model.quant import decode_fp8, encode_fp8, fake_fp8
@@ -85,6 +85,19 @@ def test_a_row_does_not_depend_on_its_company(
     together = fp8_linear(x, m, released)
     for count in (1, 17, 33, 128, 129) if GPU else (1, 2):
         assert torch.equal(fp8_linear(x[:count], m, released), together[:count])
+
+
+@pytest.mark.parametrize("kind", ["fp8", "quant", "bf16"])
+@pytest.mark.parametrize("rows", [1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 5000])
+def test_every_cut_fits_a_processor(rows: int, kind: dense_hopper.Kind) -> None:
+    sizes = [(1536, 4096, 1), (32768, 1024, 1), (1024, 4096, 8), (4096, 8192, 1), (129280, 7168, 1)]
+    for outputs, columns, groups in (*sizes, (64, 4096, 1), (65536, 1536, 1), (7168, 16384, 1)):
+        chunk = launches.chunk_of(outputs, columns, groups, kind)
+        chunks = -(-columns // 128 // chunk)
+        cut = dense_hopper.cut_of(kind, rows, outputs, columns, groups, chunks)
+        assert dense_hopper.shared_bytes(kind, cut) <= 220 << 10
+        assert not cut.apart or (chunks > 1 and rows <= 128)
+        assert cut.rows >= min(rows, 64)
 
 
 @pytest.mark.triton

@@ -1,0 +1,99 @@
+"""Launch products with dense matrices on Hopper: `dense_gluon.py`, the same bits as `dense_triton.py`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from whalepod.kernels.jit import on_hopper, triton
+from whalepod.kernels.overlap import early
+
+Kind = Literal["fp8", "quant", "bf16"]
+Scales = tuple[Tensor, Tensor]
+
+_PROCESSORS = 132
+_FILL = 90  # programs that occupy a GPU if each needs all of a processor
+_LONG = 4096  # columns that are too many for one program after the other, where few programs are
+_QUANT_ROWS = 256  # from here on the plain kernel's large tiles pay
+
+
+class Cut(NamedTuple):
+    """Outputs, rows, warps and stages of a program; whether chunks have programs of their own."""
+
+    outputs: int
+    rows: int
+    warps: int
+    stages: int
+    apart: bool
+
+
+def runs(x: Tensor, w: Tensor, kind: Kind, columns: int, groups: int) -> bool:
+    """Whether the bulk engine can read these operands: rows that begin at multiples of 16 bytes."""
+    if not on_hopper(x.device) or x.dtype == torch.float32 or x.data_ptr() % 16 + w.data_ptr() % 16:
+        return False
+    if kind == "quant":
+        return x.shape[0] <= _QUANT_ROWS
+    return columns % 128 == 0 or (groups == 1 and columns % 8 == 0)
+
+
+def cut_of(kind: Kind, rows: int, outputs: int, columns: int, groups: int, chunks: int) -> Cut:
+    """How to cut a product, as measured with the matrices of V4-Flash on one H200."""
+    if rows <= 32:
+        stages = 4 if rows <= 16 and kind != "bf16" else 3
+        return Cut(64, 16 if rows <= 16 else 32, 4, stages, chunks > 1)
+    tall = 64 if rows <= 64 else 128
+
+    def programs(n: int, m: int) -> int:
+        return -(-outputs // n) * -(-rows // m) * groups
+
+    few = programs(64, tall) < _FILL
+    apart = few and chunks > 1 and rows <= 128 and columns >= _LONG
+    if kind == "bf16" and rows <= 128 and programs(128, tall) > 2 * _PROCESSORS:
+        return Cut(128, tall, 8, 2 if tall == 64 else 3, False)
+    if kind != "quant" and rows > 128 and programs(128, 256) >= _FILL:
+        return Cut(128, 256, 8, 2, False)
+    if kind != "quant" and rows > 64 and (apart or not few):
+        alone = programs(64, 128) * (chunks if apart else 1) <= _PROCESSORS
+        return Cut(64, 128, 4, 3 if alone else 2, apart)
+    deep = {"fp8": 2 if programs(64, 64) > 2 * _PROCESSORS else 4, "quant": 4, "bf16": 3}
+    return Cut(64, 64, 4, deep[kind], apart)
+
+
+def shared_bytes(kind: Kind, cut: Cut) -> int:
+    """What a program keeps of weights and inputs."""
+    weights, inputs = {"fp8": (128, 256), "quant": (128, 128), "bf16": (256, 256)}[kind]
+    return cut.stages * (cut.outputs * weights + cut.rows * inputs)
+
+
+def launch(
+    grid: tuple[int, int, int],
+    x: Tensor,
+    w: Tensor,
+    scales: Scales,
+    rest: tuple[Any, ...],
+    cut: Cut,
+) -> None:
+    """As `dense_triton.dense_kernel[grid](x, scales[0], w, scales[1], *rest)`."""
+    wide = 128 if w.dtype == torch.float8_e4m3fn else 64
+    x = x.view(x.shape[0], -1)
+    rows = w.view(-1, x.shape[1] if w.dtype == torch.bfloat16 else w.shape[-1])
+    dense_kernel[grid](
+        _read_by(x, cut.rows, wide), scales[0], _read_by(rows, cut.outputs, wide), scales[1],
+        *rest, STAGES=cut.stages, num_warps=cut.warps, **early(),
+    )  # fmt: skip
+
+
+def _read_by(rows: Tensor, tall: int, wide: int) -> Any:
+    """A descriptor of `[R, C]` rows, read `[tall, wide]` at a time."""
+    bits = rows.element_size() * 8
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+    return TensorDescriptor.from_tensor(rows, [tall, wide], layout)
+
+
+if triton is not None:
+    from triton.experimental.gluon.language._layouts import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from whalepod.kernels.dense_gluon import dense_kernel
