@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from whalepod.kernels.dense_triton import E4M3_TO_BF16
+from whalepod.kernels.dense_triton import HIGH_TO_BF16, LOW_TO_BF16
 from whalepod.kernels.overlap_gluon import begin
 
 # Triton 3.7 has renamed it.
@@ -49,22 +49,109 @@ def ask_weights(w, n, b, group, bar, buffers, stage, N: gl.constexpr, BLOCKS: gl
 
 
 @gluon.jit
-def widened(words, factor, BN: gl.constexpr, L: gl.constexpr):
-    """Both halves of a block's weights `[BN, 64]` in bf16, times the factor, as first operands."""
-    words = words.load(L)
+def half(words, factor, ASM: gl.constexpr):
+    """Half of a block's columns in bf16, times the factor: of words' low bytes, or of their high ones."""
     twice = (factor * 2.0**120).to(gl.int32, bitcast=True) >> 16
-    return gl.inline_asm_elementwise(
-        E4M3_TO_BF16, "=&r,=&r,r,r,r", [words, gl.full([BN, 64], 0, gl.int32, L) + twice],
-        (gl.bfloat16, gl.bfloat16), True, 2,
-    )  # fmt: skip
+    each = gl.full(words.shape, 0, gl.int32, words.type.layout) + twice
+    return gl.inline_asm_elementwise(ASM, "=r,r,r,r", [words, each], gl.bfloat16, True, 2)
 
 
 @gluon.jit
-def product_of(a, b, x, stage, acc, go_on):
-    """Start `acc + a x0 + b x1` over both halves of a block, from zero unless `go_on`."""
-    x0, x1 = x.index(2 * stage).permute((1, 0)), x.index(2 * stage + 1).permute((1, 0))
-    acc = warpgroup_mma(a, x0, acc, use_acc=go_on, is_async=True)
-    return warpgroup_mma(b, x1, acc, is_async=True)
+def times(a, x, at, acc, go_on):
+    """Start adding `a` times the inputs of a buffer; from zero unless `go_on`."""
+    return warpgroup_mma(a, x.index(at).permute((1, 0)), acc, use_acc=go_on, is_async=True)
+
+
+@gluon.jit
+def refill(x, w, i, first, count, column, m, n, group, bars, weights, inputs, N: gl.constexpr,
+           BLOCKS: gl.constexpr, KIND: gl.constexpr, BYTES: gl.constexpr,
+           STAGES: gl.constexpr):  # fmt: skip
+    """All have multiplied block i - 1: its stage is free for a later one."""
+    barrier()
+    if (i > 0) & (i + STAGES - 1 < count):
+        free, later = (i - 1) % STAGES, i + STAGES - 1
+        bar = bars.index(free)
+        ask_weights(w, n, first + later, group, bar, weights, free, N, BLOCKS, KIND, BYTES)
+        ask(x, m, column + later * 128, bar, inputs, free)
+
+
+@gluon.jit
+def sum_words(x, w, scales, start, size, first, count, column, m, n, group, bars, weights, inputs,
+              N: gl.constexpr, BLOCKS: gl.constexpr, BYTES: gl.constexpr, STAGES: gl.constexpr,
+              ACC: gl.constexpr):  # fmt: skip
+    """A tile's sum over blocks of FP8 words: while half a block is multiplied, the next half is widened.
+
+    One loop: products under way across the border of two would be waited for.
+    """
+    stop = start + size
+    TALL: gl.constexpr = (N + 127) // 128
+    WORDS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    BN: gl.constexpr = weights.shape[1]
+    BM: gl.constexpr = inputs.shape[1]
+    acc = gl.zeros([BN, BM], gl.float32, ACC)
+    factor, ahead = (
+        gl.load(scales + start * TALL),
+        gl.load(scales + gl.minimum(start + 1, stop - 1) * TALL),
+    )
+    mbarrier.wait(bars.index(start % STAGES), start // STAGES % 2)
+    words = weights.index(start % STAGES).load(WORDS)
+    low, high = half(words, factor, LOW_TO_BF16), half(words, factor, HIGH_TO_BF16)
+    # A wait for all products but one keeps what is multiplied in its registers.
+    acc, _ = warpgroup_mma_wait(1, deps=[times(low, inputs, 2 * (start % STAGES), acc, False), low])
+    for j in range(size):  # a constant: a loop that may be empty has such a border, too
+        i = start + j
+        acc = times(high, inputs, 2 * (i % STAGES) + 1, acc, True)
+        refill(x, w, i, first, count, column, m, n, group, bars, weights, inputs, N, BLOCKS, "fp8",
+               BYTES, STAGES)  # fmt: skip
+        following = gl.minimum(i + 1, stop - 1)
+        factor, ahead = ahead, gl.load(scales + gl.minimum(i + 2, stop - 1) * TALL)
+        mbarrier.wait(bars.index(following % STAGES), following // STAGES % 2)
+        words = weights.index(following % STAGES).load(WORDS)
+        acc, _ = warpgroup_mma_wait(1, deps=[acc, low])
+        low = half(words, factor, LOW_TO_BF16)
+        if j + 1 < size:
+            acc = times(low, inputs, 2 * (following % STAGES), acc, True)
+            acc, _ = warpgroup_mma_wait(1, deps=[acc, high])
+            high = half(words, factor, HIGH_TO_BF16)
+    acc, _ = warpgroup_mma_wait(0, deps=[acc, high])
+    return acc
+
+
+@gluon.jit
+def sum_plain(x, w, xs, scales, first, count, column, m, n, group, live, bars, weights, inputs,
+              N: gl.constexpr, BLOCKS: gl.constexpr, CHUNK: gl.constexpr, KIND: gl.constexpr,
+              BYTES: gl.constexpr, STAGES: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
+    """A tile's sum over operands that are multiplied as they are, scaled after each block if "quant"."""
+    TALL: gl.constexpr = (N + 127) // 128
+    BN: gl.constexpr = weights.shape[1]
+    BM: gl.constexpr = inputs.shape[1]
+    none = gl.zeros([BN, BM], gl.float32, ACC)
+    total, i = none, 0
+    if KIND == "quant":
+        of_tile, of_rows = gl.load(scales), gl.load(xs, mask=live, other=0.0)
+    for start in range(0, count, CHUNK):
+        acc = none
+        for b in range(start, gl.minimum(start + CHUNK, count)):
+            stage = i % STAGES
+            mbarrier.wait(bars.index(stage), i // STAGES % 2)
+            if KIND == "quant":
+                z = times(weights.index(stage), inputs, stage, none, False)
+            else:
+                z = times(weights.index(2 * stage), inputs, 2 * stage, acc, b > start)
+                z = times(weights.index(2 * stage + 1), inputs, 2 * stage + 1, z, True)
+            refill(x, w, i, first, count, column, m, n, group, bars, weights, inputs, N, BLOCKS,
+                   KIND, BYTES, STAGES)  # fmt: skip
+            if KIND == "quant":
+                both = none + gl.expand_dims(of_rows * of_tile, 0)
+                following = gl.minimum(i + 1, count - 1)
+                of_tile = gl.load(scales + following * TALL)
+                of_rows = gl.load(xs + following, mask=live, other=0.0)
+                acc = gl.fma(warpgroup_mma_wait(0, deps=[z]), both, acc)
+            else:
+                acc = warpgroup_mma_wait(0, deps=[z])
+            i += 1
+        total = acc if CHUNK >= BLOCKS else total + acc
+    return total
 
 
 @gluon.jit
@@ -83,7 +170,6 @@ def dense_kernel(
     BYTES: gl.constexpr = 128 * (BN * OWN + BM * PARTS)
     DEPTH: gl.constexpr = 32 if KIND == "quant" else 16
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BM, DEPTH])
-    WORDS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     deep = gl.cdiv(M, BM)
     n, m = gl.program_id(0) // deep * BN, gl.program_id(0) % deep * BM
     chunk, group = gl.program_id(1), gl.program_id(2)
@@ -100,63 +186,43 @@ def dense_kernel(
         if s < count:
             bar = bars.index(s)
             ask_weights(w, n, first + s, group, bar, weights, s, N, BLOCKS, KIND, BYTES)
-    scales, factor, ahead = ws, 1.0, 1.0
+    scales = ws
     if KIND != "bf16":
         scales = ws + (group * BLOCKS + first) * TALL + n // 128
-        factor, ahead = gl.load(scales), gl.load(scales + gl.minimum(1, count - 1) * TALL)
     begin(EARLY)
     column = group * WIDE + first * 128
     for s in gl.static_range(STAGES):
         if s < count:
             ask(x, m, column + s * 128, bars.index(s), inputs, s)
-    none = gl.zeros([BN, BM], gl.float32, ACC)
-    total, acc = none, none
-    row = m + gl.arange(0, BM, gl.SliceLayout(0, ACC))
-    if KIND == "quant":
-        xs += row.to(gl.int64) * (GROUPS * BLOCKS) + group * BLOCKS + first
-        of_rows = gl.load(xs, mask=row < M, other=0.0)
-    mbarrier.wait(bars.index(0), 0)
     if KIND == "fp8":
-        low, high = widened(weights.index(0), factor, BN, WORDS)
-    i = 0
-    for start in range(0, count, CHUNK):
-        if KIND == "quant":
-            acc = none
-        for b in range(start, gl.minimum(start + CHUNK, count)):
-            stage, following = i % STAGES, gl.minimum(i + 1, count - 1)
-            scale, factor = factor, ahead
-            if KIND != "bf16":
-                ahead = gl.load(scales + gl.minimum(i + 2, count - 1) * TALL)
-            there, turn = bars.index(following % STAGES), following // STAGES % 2
-            if KIND == "fp8":
-                acc = product_of(low, high, inputs, stage, acc, b > start)
-                mbarrier.wait(there, turn)
-                low1, high1 = widened(weights.index(following % STAGES), factor, BN, WORDS)
-                # The operands in registers must stay until they are multiplied.
-                acc, _, _ = warpgroup_mma_wait(0, deps=[acc, low, high])
-                low, high = low1, high1
-            elif KIND == "quant":
-                z = warpgroup_mma(
-                    weights.index(stage), inputs.index(stage).permute((1, 0)), none,
-                    use_acc=False, is_async=True,
+        ONE: gl.constexpr = APART or CHUNK >= BLOCKS
+        SIZE: gl.constexpr = BLOCKS if BLOCKS < CHUNK else CHUNK
+        size = SIZE if BLOCKS % SIZE == 0 else count
+        total = gl.zeros([BN, BM], gl.float32, ACC)
+        if ONE:
+            total = sum_words(
+                x, w, scales, 0, size, first, count, column, m, n, group, bars, weights, inputs, N,
+                BLOCKS, BYTES, STAGES, ACC,
+            )  # fmt: skip
+        else:
+            for start in range(0, BLOCKS // CHUNK * CHUNK, CHUNK):
+                total += sum_words(
+                    x, w, scales, start, CHUNK, first, count, column, m, n, group, bars, weights,
+                    inputs, N, BLOCKS, BYTES, STAGES, ACC,
                 )  # fmt: skip
-                both = none + gl.expand_dims(of_rows * scale, 0)
-                of_rows = gl.load(xs + following, mask=row < M, other=0.0)
-                z = warpgroup_mma_wait(0, deps=[z])
-                acc = gl.fma(z, both, acc)
-                mbarrier.wait(there, turn)
-            else:
-                a, c = weights.index(2 * stage), weights.index(2 * stage + 1)
-                acc = product_of(a, c, inputs, stage, acc, b > start)
-                mbarrier.wait(there, turn)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-            barrier()
-            if i + STAGES < count:
-                bar, next_b = bars.index(stage), first + i + STAGES
-                ask_weights(w, n, next_b, group, bar, weights, stage, N, BLOCKS, KIND, BYTES)
-                ask(x, m, column + (i + STAGES) * 128, bar, inputs, stage)
-            i += 1
-        total = acc if APART or CHUNK >= BLOCKS else total + acc
+            if BLOCKS % CHUNK != 0:
+                total += sum_words(
+                    x, w, scales, BLOCKS // CHUNK * CHUNK, BLOCKS % CHUNK, first, count, column, m,
+                    n, group, bars, weights, inputs, N, BLOCKS, BYTES, STAGES, ACC,
+                )  # fmt: skip
+    else:
+        row = m + gl.arange(0, BM, gl.SliceLayout(0, ACC))
+        if KIND == "quant":
+            xs += row.to(gl.int64) * (GROUPS * BLOCKS) + group * BLOCKS + first
+        total = sum_plain(
+            x, w, xs, scales, first, count, column, m, n, group, row < M, bars, weights, inputs, N,
+            BLOCKS, CHUNK, KIND, BYTES, STAGES, ACC,
+        )  # fmt: skip
     finish(total, out, made, counters, chunk, group, n, m, M, N, BLOCKS, GROUPS, CHUNK, JOIN)
 
 

@@ -16,6 +16,10 @@ Scales = tuple[Tensor, Tensor]
 _PROCESSORS = 132
 _FILL = 90  # programs that occupy a GPU if each needs all of a processor
 _LONG = 4096  # columns that are too many for one program after the other, where few programs are
+_WIDE_FILL = {
+    64: 200,
+    128: 100,
+}  # the same of two warp groups, which share inputs, by rows of a tile
 _QUANT_ROWS = 256  # from here on the plain kernel's large tiles pay
 
 
@@ -50,15 +54,18 @@ def cut_of(kind: Kind, rows: int, outputs: int, columns: int, groups: int, chunk
 
     few = programs(64, tall) < _FILL
     apart = few and chunks > 1 and rows <= 128 and columns >= _LONG
-    if kind == "bf16" and rows <= 128 and programs(128, tall) > 2 * _PROCESSORS:
+    many = programs(128, tall) * (chunks if apart else 1)
+    if kind == "bf16" and not apart and many > 2 * _PROCESSORS:
+        if rows > 128 and chunks == 1 and programs(128, 256) >= _FILL:
+            return Cut(128, 256, 8, 2, False)
         return Cut(128, tall, 8, 2 if tall == 64 else 3, False)
-    if kind != "quant" and rows > 128 and programs(128, 256) >= _FILL:
-        return Cut(128, 256, 8, 2, False)
-    if kind != "quant" and rows > 64 and (apart or not few):
+    if kind == "fp8" and many >= _WIDE_FILL[tall]:
+        deep = 3 if tall == 64 else 2 if chunks == 1 else 4
+        return Cut(128, tall, 8, deep, apart)
+    if kind != "quant" and tall == 128 and (apart or not few):
         alone = programs(64, 128) * (chunks if apart else 1) <= _PROCESSORS
-        return Cut(64, 128, 4, 3 if alone else 2, apart)
-    deep = {"fp8": 2 if programs(64, 64) > 2 * _PROCESSORS else 4, "quant": 4, "bf16": 3}
-    return Cut(64, 64, 4, deep[kind], apart)
+        return Cut(64, 128, 4, 2 if not alone else 4 if kind == "fp8" else 3, apart)
+    return Cut(64, 64, 4, 3 if kind == "bf16" else 4, apart)
 
 
 def shared_bytes(kind: Kind, cut: Cut) -> int:

@@ -19,23 +19,31 @@ from whalepod.kernels.jit import jit, tl
 from whalepod.kernels.narrow import rounded
 from whalepod.kernels.overlap import begin
 
-# Two words to the bf16 values of their low and of their high bytes, times the third operand.
-E4M3_TO_BF16 = tl.constexpr(
+# Two words to the bf16 values of their low bytes, times the third operand; and of their high ones.
+LOW_TO_BF16 = tl.constexpr(
     """
     {
     .reg .b32 f, t, u;
-    prmt.b32 f, $3, 0, 0x1010;
-    shl.b32 t, $2, 8;
+    prmt.b32 f, $2, 0, 0x1010;
+    shl.b32 t, $1, 8;
     and.b32 t, t, 0x80008000;
-    shl.b32 u, $2, 4;
+    shl.b32 u, $1, 4;
     and.b32 u, u, 0x07F007F0;
     or.b32 t, t, u;
     mul.rn.bf16x2 $0, t, f;
-    and.b32 t, $2, 0x80008000;
-    shr.u32 u, $2, 4;
+    }
+    """
+)
+HIGH_TO_BF16 = tl.constexpr(
+    """
+    {
+    .reg .b32 f, t, u;
+    prmt.b32 f, $2, 0, 0x1010;
+    and.b32 t, $1, 0x80008000;
+    shr.u32 u, $1, 4;
     and.b32 u, u, 0x07F007F0;
     or.b32 t, t, u;
-    mul.rn.bf16x2 $1, t, f;
+    mul.rn.bf16x2 $0, t, f;
     }
     """
 )
@@ -57,13 +65,11 @@ def widen_words(words, factor, EXACT: tl.constexpr):
         a = (low << 16).to(tl.float32, bitcast=True) * by
         b = (high << 16).to(tl.float32, bitcast=True) * by
     else:
-        a, b = tl.inline_asm_elementwise(
-            E4M3_TO_BF16,
-            "=&r,=&r,r,r,r",
-            args=[words, each],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
+        a = tl.inline_asm_elementwise(
+            LOW_TO_BF16, "=r,r,r,r", [words, each], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+        b = tl.inline_asm_elementwise(
+            HIGH_TO_BF16, "=r,r,r,r", [words, each], dtype=tl.bfloat16, is_pure=True, pack=2
         )
     return a, b
 
