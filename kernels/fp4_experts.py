@@ -17,17 +17,22 @@ from whalepod.kernels.jit import INTERPRETED, runs, triton
 from whalepod.kernels.linear import linear
 from whalepod.kernels.overlap import early
 from whalepod.kernels.registry import Kernel
-from whalepod.kernels.route import Route, route
+from whalepod.kernels.route import Blocks, Route, route
 from whalepod.kernels.swiglu import swiglu
 
 
 class Tiles(NamedTuple):
-    """Rows of a block, `(outputs, warps)` of a tile of either launch, stages of both."""
+    """Rows of a block, `(outputs, warps)` of a tile of either launch, stages of both.
+
+    Experts of more than twice `rows` pairs get launches of their own, with blocks of `crowd` rows: a few
+    crowded experts among many are what random or narrow prompts make.
+    """
 
     rows: int
     up: tuple[int, int]
     down: tuple[int, int]
     stages: int
+    crowd: int = 0
 
 
 # More rows a block share the decoding, empty ones waste products: by the rows an expert has on
@@ -35,11 +40,14 @@ class Tiles(NamedTuple):
 # Triton 3.6 lets one half overwrite inputs that the other still multiplies (tests/test_gpu_rows.py).
 _FEW_PAIRS, _FEW = 8, Tiles(16, (64, 4), (64, 4), 4)
 _TILES = (
-    (14, Tiles(16, (128, 4), (128, 4), 4)),
-    (28, Tiles(32, (128, 4), (128, 4), 3)),
+    (3, Tiles(16, (128, 4), (128, 4), 4)),
+    (14, Tiles(16, (128, 4), (128, 4), 4, 64)),
+    (28, Tiles(32, (128, 4), (128, 4), 3, 128)),
     (80, Tiles(64, (128, 4), (128, 4), 3)),
     (1 << 40, Tiles(128, (128, 4), (128, 4), 3)),
 )
+# Products in fp32 have no matrix units: larger tiles would take minutes to compile.
+_IN_FP32 = Tiles(32, (64, 4), (64, 4), 3)
 
 
 def tiles_of(pairs: int, held: int) -> Tiles:
@@ -109,43 +117,57 @@ def _fp4_experts(
 ) -> Tensor:
     tokens, k = experts_TK.shape
     pairs, held = tokens * k, w13.count
-    tiles = tiles_of(pairs, held)
-    way = route(experts_TK, slot_of_E, held, tiles.rows)
+    tiles = _IN_FP32 if x_TD.dtype == torch.float32 else tiles_of(pairs, held)
+    crowds = tiles.crowd > 0 and tokens > 2 * tiles.rows  # a token chooses an expert once
+    blocks = Blocks(tiles.rows, 2 * tiles.rows, tiles.crowd) if crowds else Blocks(tiles.rows)
+    way = route(experts_TK, slot_of_E, held, blocks)
+    launches = [(0, len(way.slots), tiles)]
+    if crowds:
+        wide = tiles._replace(rows=tiles.crowd, stages=3)
+        launches.append((tiles.rows, min(len(way.slots), blocks.bound_crowded(pairs)), wide))
     x = round_fp8(x_TD) if released else x_TD.contiguous()
     # Rows of absent experts stay as they are; NumPy, which interprets, warns of what may lie there.
     inner = x.new_zeros(pairs, w2.columns) if INTERPRETED else x.new_empty(pairs, w2.columns)
-    gate_up(x, weights_TK.contiguous(), way, k, w13, limit, inner, tiles)
+    for least, count, cut in launches:
+        gate_up(x, weights_TK.contiguous(), way, k, w13, limit, inner, cut, least, count)
     inner = round_fp8(inner) if released else inner
     out = x.new_empty(pairs, w2.rows)
-    down(inner, way, w2, out, tiles)
+    for least, count, cut in launches:
+        down(inner, way, w2, out, cut, least, count)
     return out.view(tokens, k, w2.rows)
 
 
 def gate_up(
     x: Tensor, weights: Tensor, way: Route, k: int, w13: Fp4Stack, limit: float, out: Tensor,
-    tiles: Tiles,
+    tiles: Tiles, least: int, blocks: int,
 ) -> None:  # fmt: skip
-    """First launch: `out[place]` in the order of the route, `[R, I]`; absent experts' rows stay."""
+    """`out[place]` in the order of the route, `[R, I]`; absent experts' rows stay.
+
+    Args:
+        least, blocks: of the first `blocks`, those of more than `least` rows and at most `tiles.rows`.
+    """
     n, warps = tiles.up
     programs = triton.cdiv(2 * out.shape[1], n)
-    if way.slots.numel():
-        gate_up_kernel[(programs * way.slots.numel(),)](
+    if blocks:
+        gate_up_kernel[(programs * blocks,)](
             x, w13.codes, w13.scales, w13.gain, way.order, weights, way.slots, way.starts,
             way.stops, way.used, out, WIDTH=out.shape[1], COLUMNS=w13.columns, TOP=k, LIMIT=limit,
-            TILES=programs, BN=n, BM=tiles.rows, EXACT=_exact(x), num_warps=warps,
+            TILES=programs, BN=n, BM=tiles.rows, LEAST=least, EXACT=_exact(x), num_warps=warps,
             num_stages=tiles.stages, **early(),
         )  # fmt: skip
 
 
-def down(inner: Tensor, way: Route, w2: Fp4Stack, out: Tensor, tiles: Tiles) -> None:
-    """Second launch: rows of the route to `out[pair]`, `[R, D]`."""
+def down(
+    inner: Tensor, way: Route, w2: Fp4Stack, out: Tensor, tiles: Tiles, least: int, blocks: int
+) -> None:
+    """Rows of the route to `out[pair]`, `[R, D]`; arguments as for `gate_up`."""
     n, warps = tiles.down
     programs = triton.cdiv(w2.rows, n)
-    if way.slots.numel():
-        down_kernel[(programs * way.slots.numel(),)](
+    if blocks:
+        down_kernel[(programs * blocks,)](
             inner, w2.codes, w2.scales, w2.gain, way.order, way.slots, way.starts, way.stops,
             way.used, out, D=w2.rows, COLUMNS=w2.columns, TILES=programs, BN=n, BM=tiles.rows,
-            EXACT=_exact(inner), num_warps=warps, num_stages=tiles.stages, **early(),
+            LEAST=least, EXACT=_exact(inner), num_warps=warps, num_stages=tiles.stages, **early(),
         )  # fmt: skip
 
 

@@ -113,26 +113,30 @@ def _products(
 
 
 @jit
-def _block(slots, starts, stops, used, block, BM: tl.constexpr):
-    """Whether a block exists, its slot, its places in the order, and which of them are its."""
+def _block(slots, starts, stops, used, block, LEAST: tl.constexpr, BM: tl.constexpr):
+    """Whether to compute a block, its slot, its places in the order, and which of them are its.
+
+    Other launches compute blocks of at most LEAST rows and of more than BM.
+    """
     exist, slot = tl.load(used), tl.load(slots + block)  # at once: each waits for the memory
     start, stop = tl.load(starts + block), tl.load(stops + block)
     at = start + tl.arange(0, BM)
-    return block < exist, slot.to(tl.int64), at, at < stop
+    ours = (block < exist) & (stop - start > LEAST) & (stop - start <= BM)
+    return ours, slot.to(tl.int64), at, at < stop
 
 
 @jit
 def gate_up_kernel(
     x, codes, scales, gain, order, weights, slots, starts, stops, used, inner,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TOP: tl.constexpr, LIMIT: tl.constexpr,
-    TILES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, EXACT: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    TILES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, LEAST: tl.constexpr,
+    EXACT: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Weighted SwiGLU of a block's rows for half a tile of columns, to their places in the route."""
     begin(EARLY)
     block, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    exists, slot, at, live = _block(slots, starts, stops, used, block, BM)
-    if (not exists) | (slot < 0):
+    ours, slot, at, live = _block(slots, starts, stops, used, block, LEAST, BM)
+    if (not ours) | (slot < 0):
         return
     row = tl.load(order + at, mask=live, other=0)
     HALF: tl.constexpr = BN // 2
@@ -157,14 +161,14 @@ def gate_up_kernel(
 def down_kernel(
     inner, codes, scales, gain, order, slots, starts, stops, used, out,
     D: tl.constexpr, COLUMNS: tl.constexpr,
-    TILES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, EXACT: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    TILES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, LEAST: tl.constexpr,
+    EXACT: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """A tile of columns of a block's outputs, to their pairs' rows; zeros for absent experts."""
     begin(EARLY)
     block, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    exists, slot, at, live = _block(slots, starts, stops, used, block, BM)
-    if not exists:
+    ours, slot, at, live = _block(slots, starts, stops, used, block, LEAST, BM)
+    if not ours:
         return
     row = tl.load(order + at, mask=live, other=0)
     n = tile * BN + tl.arange(0, BN)

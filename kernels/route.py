@@ -24,9 +24,8 @@ class Route(NamedTuple):
     Args:
         order: `[R]` pair ids `t * K + k`: ascending within an expert, absent experts' pairs last.
         slots: `[B]` whose block this is: an index into the experts held here, -1 where absent.
-        starts, stops: `[B]` the block's places in `order`; at most `rows` of them.
+        starts, stops: `[B]` the block's places in `order`.
         used: `[1]` how many of the B blocks exist; what lies behind them is not written.
-        rows: rows of a block.
     """
 
     order: Tensor
@@ -34,50 +33,61 @@ class Route(NamedTuple):
     starts: Tensor
     stops: Tensor
     used: Tensor
+
+
+class Blocks(NamedTuple):
+    """Rows of a block; experts of more than `most` pairs are cut into blocks of `crowd` rows instead."""
+
     rows: int
+    most: int = (1 << 31) - 1
+    crowd: int = 1
 
+    def bound(self, pairs: int, held: int) -> int:
+        """How many can occur: the bound of a grid."""
+        return min(pairs, pairs // self.rows + min(pairs, held + 1))
 
-def most_blocks(pairs: int, held: int, rows: int) -> int:
-    """Blocks that can occur at most: the bound of a grid."""
-    return min(pairs, pairs // rows + min(pairs, held + 1))
+    def bound_crowded(self, pairs: int) -> int:
+        """How many can be of crowded experts."""
+        return pairs // self.crowd + pairs // (self.most + 1)
 
 
 @Kernel
-def route(experts_TK: Tensor, slot_of_E: Tensor, held: int, rows: int) -> Route:
-    """Group the router's choices by expert.
+def route(experts_TK: Tensor, slot_of_E: Tensor, held: int, blocks: Blocks) -> Route:
+    """Group the router's choices by expert; the blocks of crowded experts come first.
 
     Args:
         experts_TK: `[T, K]` int32 or int64 expert ids; ids outside the model count as absent.
         slot_of_E: `[E]` int32: where each expert lies here, from 0, or -1 for one that is not here.
         held: S.
-        rows: rows a block holds at most.
+        blocks: rows that a block holds at most.
     """
     flat = experts_TK.flatten().long()
     inside = (flat >= 0) & (flat < slot_of_E.numel())
     slot = slot_of_E[flat.clamp(0, slot_of_E.numel() - 1)].masked_fill(~inside, -1)
     key = torch.where(slot < 0, held, slot)
     order = torch.argsort(key, stable=True).int()
-    blocks: list[tuple[int, int, int]] = []
+    made: tuple[list[tuple[int, int, int]], ...] = [], []
     start = 0
     for expert, count in enumerate(torch.bincount(key, minlength=held + 1).tolist()):
-        held_slot = expert if expert < held else -1
+        held_slot, many = expert if expert < held else -1, count > blocks.most
+        rows = blocks.crowd if many else blocks.rows
         for at in range(start, start + count, rows):
-            blocks.append((held_slot, at, min(at + rows, start + count)))
+            made[not many].append((held_slot, at, min(at + rows, start + count)))
         start += count
-    out = _empty(flat.numel(), held, rows, flat.device)
-    table = torch.tensor(blocks, dtype=torch.int32, device=flat.device).view(-1, 3)
+    out, found = _empty(flat.numel(), held, blocks, flat.device), [*made[0], *made[1]]
+    table = torch.tensor(found, dtype=torch.int32, device=flat.device).view(-1, 3)
     for column, into in enumerate((out.slots, out.starts, out.stops)):
-        into[: len(blocks)] = table[:, column]
-    return out._replace(order=order, used=out.used.fill_(len(blocks)))
+        into[: len(found)] = table[:, column]
+    return out._replace(order=order, used=out.used.fill_(len(found)))
 
 
-def _empty(pairs: int, held: int, rows: int, device: torch.device) -> Route:
-    blocks = most_blocks(pairs, held, rows)
+def _empty(pairs: int, held: int, blocks: Blocks, device: torch.device) -> Route:
+    bound = blocks.bound(pairs, held)
 
     def empty(count: int) -> Tensor:
         return torch.empty(count, dtype=torch.int32, device=device)
 
-    return Route(empty(pairs), empty(blocks), empty(blocks), empty(blocks), empty(1), rows)
+    return Route(empty(pairs), empty(bound), empty(bound), empty(bound), empty(1))
 
 
 @jit
@@ -129,7 +139,7 @@ def _totals(
 @jit
 def _place_kernel(
     experts, slot_of, parts, pairs, chunks, order, slots, starts, stops, used,
-    ROWS: tl.constexpr, ALL: tl.constexpr, EXPERTS: tl.constexpr, HELD: tl.constexpr,
+    ROWS: tl.constexpr, MOST: tl.constexpr, CROWD: tl.constexpr, ALL: tl.constexpr, EXPERTS: tl.constexpr, HELD: tl.constexpr,
     BINS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
     EARLY: tl.constexpr = False,
 ):  # fmt: skip
@@ -147,21 +157,25 @@ def _place_kernel(
     tl.store(order + tl.gather(first + before, slot, 0) + rank, pair, mask=pair < pairs)
     if mine == 0:
         bins = tl.arange(0, BINS)
-        blocks = (total + ROWS - 1) // ROWS
-        block = tl.cumsum(blocks, 0) - blocks
+        rows = tl.where(total > MOST, CROWD, ROWS)
+        blocks = (total + rows - 1) // rows
+        many = tl.where(total > MOST, blocks, 0)
+        block = tl.cumsum(many, 0) - many
+        few = blocks - many
+        block = tl.where(total > MOST, block, tl.sum(many, 0) + tl.cumsum(few, 0) - few)
         tl.store(used, tl.sum(blocks, 0))
         for j in range(0, tl.max(blocks, 0)):
             there = j < blocks
-            at = first + j * ROWS
+            at = first + j * rows
             tl.store(slots + block + j, tl.where(bins < HELD, bins, -1), mask=there)
             tl.store(starts + block + j, at, mask=there)
-            tl.store(stops + block + j, tl.minimum(at + ROWS, first + total), mask=there)
+            tl.store(stops + block + j, tl.minimum(at + rows, first + total), mask=there)
 
 
 @route.twin("triton", runs)
-def _route(experts_TK: Tensor, slot_of_E: Tensor, held: int, rows: int) -> Route:
+def _route(experts_TK: Tensor, slot_of_E: Tensor, held: int, blocks: Blocks) -> Route:
     experts, pairs = experts_TK.contiguous(), experts_TK.numel()
-    out = _empty(pairs, held, rows, experts.device)
+    out = _empty(pairs, held, blocks, experts.device)
     if not pairs:
         out.used.zero_()
         return out
@@ -174,6 +188,6 @@ def _route(experts_TK: Tensor, slot_of_E: Tensor, held: int, rows: int) -> Route
         _count_kernel[(chunks,)](experts, slot_of_E, parts, pairs, **sizes, **early())
     _place_kernel[(chunks,)](
         experts, slot_of_E, parts, pairs, chunks, *out[:5],
-        ROWS=rows, ALL=at_once, STEP=8, **sizes, **early(),
+        *blocks, ALL=at_once, STEP=8, **sizes, **early(),
     )  # fmt: skip
     return out

@@ -114,6 +114,22 @@ def test_the_twin_gives_the_truth(tokens: int, kind: torch.dtype, released: bool
 
 
 @pytest.mark.triton
+def test_crowded_experts_have_launches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One held and one absent expert that all tokens choose, with a few that some do."""
+    w13, w2 = stacks()
+    x, experts, weights = inputs(37)
+    experts[:, 0], experts[:, 1], experts[:, 2] = 4, 1, torch.tensor([0, 3, 5]).repeat(13)[:37]
+    tiles = module.Tiles(16, (128, 4), (128, 4), 3, 64)
+    monkeypatch.setattr(module, "tiles_of", lambda *_: tiles)
+    got = fp4_experts(x, experts, weights, slots(), w13, w2, LIMIT)
+    assert not got[:, 1].any()
+    close(got, truth(x, experts, weights, w13, w2, False))
+    plain = tiles._replace(crowd=0)
+    monkeypatch.setattr(module, "tiles_of", lambda *_: plain)
+    assert torch.equal(got, fp4_experts(x, experts, weights, slots(), w13, w2, LIMIT))
+
+
+@pytest.mark.triton
 def test_scales_above_two_are_exact() -> None:
     w13 = pack(*checkpoint(len(HELD), 2 * W, D, 40.0)).to(DEVICE)
     w2 = pack(*checkpoint(len(HELD), D, W, 40.0)).to(DEVICE)

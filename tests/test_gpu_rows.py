@@ -100,6 +100,16 @@ def test_experts(held: int, numbers: Numbers) -> None:
     same_for_every_count(experts.run)
 
 
+@pytest.mark.parametrize("held", [256, 100])
+def test_crowded_experts(held: int, numbers: Numbers) -> None:
+    """Most tokens choose the same few, of which some may not be held, the others spread."""
+    experts = Experts(numbers, held)
+    chances = torch.rand(MOST, 256, device="cuda", generator=numbers)
+    chances[:, 90:110] += torch.rand(MOST, 1, device="cuda", generator=numbers)
+    experts.ids = chances.topk(K, dim=1).indices
+    same_for_every_count(experts.run)
+
+
 def test_every_tile_of_experts(numbers: Numbers, monkeypatch: pytest.MonkeyPatch) -> None:
     experts, made = Experts(numbers, 128), {}
     for tiles in (experts_file._FEW, *(t for _, t in experts_file._TILES)):
