@@ -25,6 +25,7 @@ from whalepod.engine.legs import (
 from whalepod.engine.mail import Letter, Mail
 from whalepod.engine.router import Router
 from whalepod.errors import EpochLost
+from whalepod.kernels.beside import Beside
 from whalepod.kernels.combine import combine
 from whalepod.model.gate import Gate
 from whalepod.model.moe import Table, mixture
@@ -49,7 +50,7 @@ class LocalExperts:
 
     def __init__(self, gates: dict[int, Gate], experts: Mapping[int, Table]) -> None:
         self._gates, self._experts = gates, experts
-        self._done: dict[tuple[int, int], Tensor] = {}
+        self._done: dict[tuple[int, int], tuple[Beside, Tensor]] = {}
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -63,13 +64,17 @@ class LocalExperts:
         return ()
 
     def send(self, layer: int, micro_batch: int, x_TD: Tensor, ids_T: Tensor) -> None:
-        """Compute at once."""
-        routes = self._gates[layer].route(x_TD, ids_T)
-        self._done[layer, micro_batch] = mixture(x_TD, routes, self._experts[layer])
+        """Compute at once; a graph may run what follows beside it."""
+        with Beside(x_TD.device) as branch:
+            routes = self._gates[layer].route(x_TD, ids_T)
+            made = mixture(x_TD, routes, self._experts[layer])
+        self._done[layer, micro_batch] = branch, made
 
     def receive(self, layer: int, micro_batch: int) -> Tensor:
         """Return what `send` computed."""
-        return self._done.pop((layer, micro_batch))
+        branch, made = self._done.pop((layer, micro_batch))
+        branch.join()
+        return made
 
     def settle(self) -> None:
         """Nothing is under way."""

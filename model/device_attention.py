@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from whalepod.kernels.beside import Beside
 from whalepod.kernels.decode_attention import Entries, decode_attention
 from whalepod.kernels.entries import Pages, Rounding, round_rows
 from whalepod.kernels.fp8_linear import Fp8Matrix, fp8_linear
@@ -81,15 +82,17 @@ class DeviceAttention:
         config, eps = self.config, self.config.rms_norm_eps
         low, kv = self.down(x_TD).split([config.q_lora_rank, config.head_dim], dim=-1)
         low, turns = rms_norm(low, self.q_norm, eps), batch.turns(self.freqs)
+        with Beside(x_TD.device) as branch:
+            # Position t replaces t - W, which no query from t on sees.
+            own = window_rows(
+                *(kv, self.kv_norm, turns, eps, self.rounding),
+                *(cache.window, config.sliding_window, batch.slots_D, batch.positions_T),
+            )
+            entries = self._entries(x_TD, low, turns, batch, cache)
         heads = (config.num_attention_heads, config.head_dim)
         q = norm_rotate(self.up(low).unflatten(-1, heads), None, turns, eps)
-        # Position t replaces t - W, which no query from t on sees.
-        kv = window_rows(
-            *(kv, self.kv_norm, turns, eps, self.rounding),
-            *(cache.window, config.sliding_window, batch.slots_D, batch.positions_T),
-        )
-        entries = self._entries(x_TD, low, turns, batch, cache)
-        out = self._attend(q, kv, entries, turns, batch, cache.window).flatten(1)
+        branch.join()
+        out = self._attend(q, own, entries, turns, batch, cache.window).flatten(1)
         if isinstance(self.wo_a, Fp8Matrix):
             return self.out(fp8_linear(out, self.wo_a))
         wo_a = self.wo_a.unflatten(0, (config.o_groups, config.o_lora_rank))
