@@ -73,6 +73,22 @@ def _median(calls: Sequence[Callable[[], object]], repeats: int) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in pairs) / 1e3
 
 
+def profile(run: Callable[[], object], calls: int) -> str:
+    """A table of the kernels that a pass spends its time in: launches and microseconds of one pass."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    found = [e for e in seen.key_averages() if e.self_device_time_total > 0]
+    found.sort(key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in found) / calls
+    lines = ["", f"| kernel | launches | us of {total:.0f} |", "|---|---|---|"]
+    for e in found[:20]:
+        name = e.key.split("<")[0].replace("void ", "")[-44:]
+        lines.append(f"| {name} | {e.count / calls:.0f} | {e.self_device_time_total / calls:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
 def copy_rate() -> float:
     """Bytes per second of a device copy, read and written bytes both counted."""
     src = torch.randint(0, 1 << 30, (512 << 20,), dtype=torch.int32, device="cuda")

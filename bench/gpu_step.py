@@ -1,9 +1,11 @@
 """Time decode steps and prefill of a slice of V4-Flash on one GPU, beside what must be read.
 
     PYTHONPATH=src:. python bench/gpu_step.py [--layers 8] [--batch 1 16 64 256]
-        [--context 1024 16384] [--prefill 8192] [--fidelity plain released] [--kernels]
+        [--context 1024 16384] [--prefill 8192] [--fidelity plain released]
+        [--gates balanced random] [--kernels]
 
-Weights are random, in the released format, with all experts, the embedding and the head. Contexts are
+Weights are random, in the released format, with all experts, the embedding and the head. Gates are
+balanced by their biases, as training leaves them, or as random weights make them. Contexts are
 not prefilled: rings and pools hold random values, which costs a step the same. The floor is the bytes
 of a step over the rate of a device copy: every weight outside the experts, the experts that the
 step's tokens chose, the keys that are scored and attended to, the head.
@@ -21,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from bench import gpu
 from bench.machine import heading
 from bench.random_weights import RandomCheckpoint
@@ -43,12 +46,18 @@ RATIOS = (0, 0, 4, 128, 4, 128, 4, 128)
 
 
 class CountingGate(Gate):
-    """A gate that notes how many experts its last pass chose."""
+    """A gate that notes how many experts its last pass chose, and balances itself when told to."""
 
     distinct = 0
+    balancing = False
 
     def route(self, x_TD: Tensor, token_ids_T: Tensor) -> Routes:
         """As `Gate.route`."""
+        if self.balancing and self.bias_E is not None:
+            # So that as many of these tokens prefer each expert.
+            scores_TE = F.softplus(x_TD.float() @ self.weight_ED.float().t()).sqrt()
+            share = 1 - self.config.num_experts_per_tok / self.config.n_routed_experts
+            self.bias_E.copy_(-scores_TE.quantile(share, dim=0))
         routes = super().route(x_TD, token_ids_T)
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
             self.distinct = len(routes.experts_TK.unique())
@@ -114,6 +123,18 @@ class Slice:
         return self.weight_bytes + experts + keys
 
 
+def balance(found: Slice, tokens: int = 256) -> None:
+    """Set the gates' biases as training does: so that tokens spread evenly over the experts.
+
+    Random weights leave the streams of all tokens alike, and gates would send most to the same few.
+    """
+    for gate in found.gates.values():
+        gate.balancing = True
+    DecodeGraphs(found.stage, capture=False).run([found.step(tokens, 127, 99)], found.experts)
+    for gate in found.gates.values():
+        gate.balancing = False
+
+
 def fill_cache(stage: AttentionStage) -> None:
     """Draw what contexts would have left in rings and pools."""
     for layer in stage.cache.layers.values():
@@ -171,25 +192,9 @@ def kernel_lines(run: Callable[[], object], calls: int = 8) -> str:
     try:
         for _ in range(3):
             run()
-        return profile(run, calls)
+        return gpu.profile(run, calls)
     finally:
         overlap.overlapping = True
-
-
-def profile(run: Callable[[], object], calls: int) -> str:
-    """A table of what the device does meanwhile."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        for _ in range(calls):
-            run()
-        torch.cuda.synchronize()
-    found = [e for e in seen.key_averages() if e.self_device_time_total > 0]
-    found.sort(key=lambda e: -e.self_device_time_total)
-    total = sum(e.self_device_time_total for e in found) / calls
-    lines = ["", f"| kernel | launches | us of {total:.0f} |", "|---|---|---|"]
-    for e in found[:20]:
-        name = e.key.split("<")[0].replace("void ", "")[-44:]
-        lines.append(f"| {name} | {e.count / calls:.0f} | {e.self_device_time_total / calls:.1f} |")
-    return "\n".join(lines) + "\n"
 
 
 def decode_kernels(found: Slice, batch: int, context: int) -> str:
@@ -224,6 +229,22 @@ def prefill_line(found: Slice, tokens: int) -> str:
     return f"Prefill of {tokens:,} tokens in one pass: {took * 1e3:.1f} ms, {tokens / took:,.0f} tokens/s."
 
 
+def print_tables(found: Slice, args: argparse.Namespace, copy: float) -> None:
+    """Steps and a prompt; with `--kernels` what the device does meanwhile."""
+    print(
+        "| batch | context | graph ms | step ms | experts a layer | GB | floor ms | "
+        "graph / floor | step / floor | tokens/s |\n|---|---|---|---|---|---|---|---|---|---|"
+    )
+    for context in args.context:
+        for batch in args.batch:
+            print(decode_line(found, batch, context, copy, args.device == "cuda"), flush=True)
+    print("\n" + prefill_line(found, args.prefill), flush=True)
+    for batch in args.batch if args.kernels else ():
+        print(decode_kernels(found, batch, args.context[0]), flush=True)
+    if args.kernels:
+        print(kernel_lines(partial(prefill, found, args.prefill, 0)), flush=True)
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser()
@@ -233,6 +254,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[1024, 16384])
     parser.add_argument("--prefill", type=int, default=8192)
     parser.add_argument("--fidelity", nargs="+", default=["plain", "released"])
+    parser.add_argument("--gates", nargs="+", default=["balanced"], choices=["balanced", "random"])
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
@@ -249,24 +271,15 @@ def main() -> None:
     for fidelity in args.fidelity:
         with torch.inference_mode():
             start = time.perf_counter()
-            found = Slice.of(config, fidelity, args.device, max(most, args.prefill // 128 + 1))
+            found = Slice.of(config, fidelity, args.device, max(most, 256, args.prefill // 128 + 1))
             if cuda:
                 torch.cuda.synchronize()
-            print(
-                f"\n`fidelity: {fidelity}` (weights drawn in {time.perf_counter() - start:.1f} s)\n"
-            )
-            print(
-                "| batch | context | graph ms | step ms | experts a layer | GB | floor ms | "
-                "graph / floor | step / floor | tokens/s |\n|---|---|---|---|---|---|---|---|---|---|"
-            )
-            for context in args.context:
-                for batch in args.batch:
-                    print(decode_line(found, batch, context, copy, cuda), flush=True)
-            print("\n" + prefill_line(found, args.prefill), flush=True)
-            for batch in args.batch if args.kernels else ():
-                print(decode_kernels(found, batch, args.context[0]), flush=True)
-            if args.kernels:
-                print(kernel_lines(partial(prefill, found, args.prefill, 0)), flush=True)
+            print(f"\n(weights drawn in {time.perf_counter() - start:.1f} s)")
+            for gates in sorted(args.gates, reverse=True):  # random ones first
+                if gates == "balanced":
+                    balance(found)
+                print(f"\n`fidelity: {fidelity}`, {gates} gates\n")
+                print_tables(found, args, copy)
             del found
             if cuda:
                 torch.cuda.empty_cache()
