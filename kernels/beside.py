@@ -12,6 +12,8 @@ from types import TracebackType
 
 import torch
 
+from whalepod.kernels import overlap
+
 _side: dict[torch.device, torch.cuda.Stream] = {}
 _local = threading.local()
 
@@ -30,7 +32,8 @@ class Beside:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._apart = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self._apart = captured and overlap.overlapping
         self._done: torch.cuda.Event | None = None
         self._inside: AbstractContextManager[object] = nullcontext()
 

@@ -2,8 +2,9 @@
 
 A kernel begins with `begin(EARLY)`: it waits until everything before it is done and visible, then lets its
 successor start, which waits in turn. The other way round, successors of successors would start, too, and
-their programs lie where those of the next kernel belong. Every launch passes `**early()`. Needs Hopper or
-later; elsewhere nothing changes.
+their programs lie where those of the next kernel belong. Before it waits, a kernel reads weights alone:
+no kernel of a step writes them. Every launch passes `**early()`. Needs Hopper or later; elsewhere nothing
+changes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 from whalepod.kernels.jit import INTERPRETED, jit, tl
 
-# Whether kernels overlap; off shows what each of them takes by itself.
+# Whether kernels and branches of graphs overlap; off shows what each kernel takes by itself.
 overlapping = True
 
 
