@@ -89,16 +89,14 @@ def sum_words(x, w, scales, start, size, first, count, column, m, n, group, bars
     BN: gl.constexpr = weights.shape[1]
     BM: gl.constexpr = inputs.shape[1]
     acc = gl.zeros([BN, BM], gl.float32, ACC)
-    factor, ahead = (
-        gl.load(scales + start * TALL),
-        gl.load(scales + gl.minimum(start + 1, stop - 1) * TALL),
-    )
+    factor = gl.load(scales + start * TALL)
+    ahead = gl.load(scales + gl.minimum(start + 1, stop - 1) * TALL)
     mbarrier.wait(bars.index(start % STAGES), start // STAGES % 2)
     words = weights.index(start % STAGES).load(WORDS)
     low, high = half(words, factor, LOW_TO_BF16), half(words, factor, HIGH_TO_BF16)
     # A wait for all products but one keeps what is multiplied in its registers.
     acc, _ = warpgroup_mma_wait(1, deps=[times(low, inputs, 2 * (start % STAGES), acc, False), low])
-    for j in range(size):  # a constant: a loop that may be empty has such a border, too
+    for j in range(size):  # a constant, where it can be: a loop that may be empty has such a border
         i = start + j
         acc = times(high, inputs, 2 * (i % STAGES) + 1, acc, True)
         refill(x, w, i, first, count, column, m, n, group, bars, weights, inputs, N, BLOCKS, "fp8",

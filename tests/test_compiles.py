@@ -6,6 +6,9 @@ constant, types that two branches disagree on, operations that a target lacks.
 
 from __future__ import annotations
 
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +45,15 @@ def compiled(function: Any, types: Types, constants: dict[str, Any], **options: 
     source = GluonASTSource if isinstance(function, GluonJITFunction) else ASTSource
     target = GPUTarget("cuda", 90, 32)
     return triton.compile(source(function, types, values, aligned), target=target, options=options)
+
+
+def assembled(ptx: str) -> str:
+    """What the assembler that comes with Triton has to say of a kernel."""
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    command = [program, "-v", "-arch=sm_90a", "-", "-o", os.devnull]
+    made = subprocess.run(command, input=ptx, capture_output=True, text=True, timeout=60)
+    assert made.returncode == 0, made.stderr
+    return made.stderr
 
 
 @pytest.mark.parametrize("rows", [1, 16])
@@ -91,6 +103,7 @@ def test_products_in_gluon(kind: Kind, rows: int) -> None:
     asked, waited = ptx.index("cp.async.bulk.tensor"), ptx.index("griddepcontrol.wait")
     assert asked < waited, "weights are asked for before the kernel waits for the one before it"
     assert shared_bytes(kind, cut) <= made.metadata.shared <= 227 << 10
+    assert "serialized" not in assembled(ptx), "products wait for each other"
 
 
 def test_messages_of_fixed_sizes() -> None:
