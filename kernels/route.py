@@ -14,8 +14,8 @@ from whalepod.kernels.jit import jit, runs, tl, triton
 from whalepod.kernels.overlap import begin, early
 from whalepod.kernels.registry import Kernel
 
-# Pairs of a program; pairs that each program counts by itself, in this many elements.
-_CHUNK, _ALL = 128, (128, 512, 2048)
+# Pairs of a program, few or many; pairs that each program counts by itself, in this many elements.
+_FEW, _CHUNK, _ALL = 32, 128, (32, 128, 512, 2048)
 
 
 class Route(NamedTuple):
@@ -40,7 +40,7 @@ class Blocks(NamedTuple):
 
     rows: int
     most: int = (1 << 31) - 1
-    crowd: int = 1
+    crowd: int = 0
 
     def bound(self, pairs: int, held: int) -> int:
         """How many can occur: the bound of a grid."""
@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
 
     def bound_crowded(self, pairs: int) -> int:
         """How many can be of crowded experts."""
-        return pairs // self.crowd + pairs // (self.most + 1)
+        return pairs // self.crowd + pairs // (self.most + 1) if self.crowd else 0
 
 
 @Kernel
@@ -159,10 +159,11 @@ def _place_kernel(
         bins = tl.arange(0, BINS)
         rows = tl.where(total > MOST, CROWD, ROWS)
         blocks = (total + rows - 1) // rows
-        many = tl.where(total > MOST, blocks, 0)
-        block = tl.cumsum(many, 0) - many
-        few = blocks - many
-        block = tl.where(total > MOST, block, tl.sum(many, 0) + tl.cumsum(few, 0) - few)
+        block = tl.cumsum(blocks, 0) - blocks
+        if CROWD > 0:  # theirs come first
+            many = tl.where(total > MOST, blocks, 0)
+            ahead = tl.cumsum(many, 0) - many
+            block = tl.where(total > MOST, ahead, tl.sum(many, 0) + block - ahead)
         tl.store(used, tl.sum(blocks, 0))
         for j in range(0, tl.max(blocks, 0)):
             there = j < blocks
@@ -179,11 +180,12 @@ def _route(experts_TK: Tensor, slot_of_E: Tensor, held: int, blocks: Blocks) -> 
     if not pairs:
         out.used.zero_()
         return out
-    chunks = triton.cdiv(pairs, _CHUNK)
+    chunk = _FEW if pairs <= _FEW else _CHUNK  # pairs of a chunk are compared with each other
+    chunks = triton.cdiv(pairs, chunk)
     bins = triton.next_power_of_2(held + 1)
     at_once = next((size for size in _ALL if size >= pairs), 0)
     parts = experts.new_empty(1 if at_once else chunks, bins, dtype=torch.int32)
-    sizes = {"EXPERTS": slot_of_E.numel(), "HELD": held, "BINS": bins, "CHUNK": _CHUNK}
+    sizes = {"EXPERTS": slot_of_E.numel(), "HELD": held, "BINS": bins, "CHUNK": chunk}
     if not at_once:
         _count_kernel[(chunks,)](experts, slot_of_E, parts, pairs, **sizes, **early())
     _place_kernel[(chunks,)](

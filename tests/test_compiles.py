@@ -170,6 +170,21 @@ def test_hyper_connections(tokens: int) -> None:
     assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
 
 
+@pytest.mark.parametrize("crowd", [0, 64])
+@pytest.mark.parametrize("pairs", [6, 300])
+def test_the_route(pairs: int, crowd: int) -> None:
+    from whalepod.kernels.route import _place_kernel
+
+    types = {"experts": I64, "pairs": "i32", "chunks": "i32"}
+    types |= dict.fromkeys(("slot_of", "parts", "order", "slots", "starts", "stops", "used"), I32)
+    constants: dict[str, Any] = {
+        **{"ROWS": 16, "MOST": 32 if crowd else (1 << 31) - 1, "CROWD": crowd, "EXPERTS": 256},
+        **{"ALL": 32 if pairs == 6 else 512, "CHUNK": 32 if pairs == 6 else 128, "HELD": 256},
+        **{"BINS": 512, "STEP": 8, "EARLY": True, **({"chunks": 1} if pairs == 6 else {})},
+    }
+    assert "atom.shared" in compiled(_place_kernel, types, constants).asm["ptx"], "a histogram"
+
+
 def test_index_scores_in_gluon() -> None:
     from whalepod.kernels.index_scores_gluon import scores_kernel
 
