@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -96,17 +96,15 @@ class Slice:
         return cls(config, stage, LocalExperts(gates, tables), found, each, weights - embedding)
 
     def step(self, batch: int, context: int, seed: int) -> MicroBatch:
-        """One token for each of `batch` sequences that have `context` behind them."""
+        """A token for each of the same `batch` sequences that have `context` behind them."""
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, self.config.vocab_size, (batch,), generator=generator).tolist()
         per = -(-(context + 1) // self.stage.cache.block_tokens)
-        order = torch.randperm(self.stage.cache.blocks, generator=generator).tolist()
+        tables = tables_of(self.stage.cache.blocks, batch, per)
         draw = (Sampling(0.0), context + 1)
+        parts = zip(ids, tables, strict=True)
         return MicroBatch(
-            tuple(
-                Part(i, context, (ids[i],), tuple(order[i * per : i * per + per]), draw)
-                for i in range(batch)
-            )
+            tuple(Part(i, context, (token,), table, draw) for i, (token, table) in enumerate(parts))
         )
 
     def floor_bytes(self, batch: int, context: int) -> float:
@@ -121,6 +119,13 @@ class Slice:
             keys += batch * 2 * (attended * config.head_dim + scored)
         experts = sum(gate.distinct for gate in self.gates.values()) * self.expert_bytes
         return self.weight_bytes + experts + keys
+
+
+@cache
+def tables_of(blocks: int, batch: int, per: int) -> tuple[tuple[int, ...], ...]:
+    """Blocks of each of `batch` sequences, scattered over the pool; as in serving, they rarely change."""
+    order = torch.randperm(blocks, generator=torch.Generator().manual_seed(0)).tolist()
+    return tuple(tuple(order[i * per : i * per + per]) for i in range(batch))
 
 
 def balance(found: Slice, tokens: int = 256) -> None:
