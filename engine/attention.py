@@ -85,27 +85,27 @@ class AttentionStage:
         halves: list[tuple[Half, Tensor] | None] = [None] * len(x)
         none = torch.zeros(0, self.config.hidden_size, dtype=self.dtype, device=self.device)
         for block in self.blocks:
+            cache = self.cache.layers[block.layer]
             for m, batch in enumerate(batches):
-                if block.layer > self.layers.start:
-                    x[m] = self._finish(block.layer - 1, m, halves[m], x[m], experts)
+                first = block.layer == self.layers.start
+                routed = None if first else experts.receive(block.layer - 1, m)
                 if batch is None:
                     experts.send(block.layer, m, none, none[:, 0].long())
                     continue
-                half = block.before(x[m], batch, self.cache.layers[block.layer])
+                if (kept := halves[m]) is None or routed is None:
+                    half = block.before(x[m], batch, cache)
+                else:
+                    half = block.follow(kept[0], routed, kept[1], batch, cache)
                 experts.send(block.layer, m, half.ffn_in_TD, batch.ids_T)
                 halves[m] = (half, block.share(half))
-        last = self.layers.stop - 1
-        return [self._finish(last, m, halves[m], x[m], experts) for m in range(len(x))]
+        last = self.blocks[-1]
+        for m, kept in enumerate(halves):
+            routed = experts.receive(last.layer, m)
+            if kept is not None:
+                x[m] = last.after(kept[0], routed, kept[1])
+        return x
 
     def logits(self, x_TCD: Tensor, rows: list[int]) -> Tensor:
         """Logits of some rows of the last layer's streams, `[len(rows), V]` fp32."""
         assert self.head is not None
         return self.head(x_TCD[torch.tensor(rows, dtype=torch.int64, device=x_TCD.device)])
-
-    def _finish(
-        self, layer: int, m: int, half: tuple[Half, Tensor] | None, x_TCD: Tensor, experts: Experts
-    ) -> Tensor:
-        routed = experts.receive(layer, m)
-        if half is None:
-            return x_TCD
-        return self.blocks[layer - self.layers.start].after(half[0], routed, half[1])

@@ -116,13 +116,14 @@ def hc_post_pre(
     comb_TCC: Tensor,
     site: Site,
     norm_D: Tensor | None = None,
+    more_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`hc_post` of one block, then `hc_pre` of the next over the streams that it made.
 
     Returns:
         the new streams `[T, C, D]`, then what `hc_pre` returns for them.
     """
-    x_TCD = hc_post.reference(f_TD, x_TCD, post_TC, comb_TCC)
+    x_TCD = hc_post.reference(f_TD, x_TCD, post_TC, comb_TCC, more_TD)
     return x_TCD, *hc_pre.reference(x_TCD, site, norm_D)
 
 

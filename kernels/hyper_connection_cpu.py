@@ -205,6 +205,7 @@ def _hc_post_pre(
     comb_TCC: Tensor,
     site: Site,
     norm_D: Tensor | None = None,
+    more_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x_TCD = _hc_post(f_TD, x_TCD, post_TC, comb_TCC)
+    x_TCD = _hc_post(f_TD, x_TCD, post_TC, comb_TCC, more_TD)
     return x_TCD, *_hc_pre(x_TCD, site, norm_D)

@@ -238,7 +238,7 @@ def _mix(
 
 
 def _run(
-    f: Tensor | None, x: Tensor, post: Tensor | None, comb: Tensor | None, site: Site,
+    f: Tensor | None, more: Tensor | None, x: Tensor, post: Tensor | None, comb: Tensor | None, site: Site,
     norm: Tensor | None, head: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, streams, width = x.shape
@@ -251,7 +251,8 @@ def _run(
         some = slice(first, first + CHUNK)
         parts = site.fn.new_empty(min(CHUNK, tokens - first), splits, 32)
         _mix(
-            None if f is None else f[some], None, x[some], None if post is None else post[some],
+            None if f is None else f[some], None if more is None else more[some], x[some],
+            None if post is None else post[some],
             None if comb is None else comb[some], out[some], site.fn, parts,
         )  # fmt: skip
         sinks = 0 if head else triton.cdiv(parts.shape[0], SINKHORN)
@@ -267,12 +268,12 @@ def _run(
 
 def pre(x_TCD: Tensor, site: Site, norm_D: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Twin of `hc_pre`."""
-    return _run(None, x_TCD, None, None, site, norm_D, head=False)[1:]
+    return _run(None, None, x_TCD, None, None, site, norm_D, head=False)[1:]
 
 
 def head(x_TCD: Tensor, site: Site, norm_D: Tensor | None = None) -> Tensor:
     """Twin of `hc_head`."""
-    return _run(None, x_TCD, None, None, site, norm_D, head=True)[1]
+    return _run(None, None, x_TCD, None, None, site, norm_D, head=True)[1]
 
 
 def post(
@@ -290,8 +291,9 @@ def post(
 
 def post_pre(
     f_TD: Tensor, x_TCD: Tensor, post_TC: Tensor, comb_TCC: Tensor, site: Site,
-    norm_D: Tensor | None = None,
+    norm_D: Tensor | None = None, more_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Twin of `hc_post_pre`."""
     gates = post_TC.contiguous(), comb_TCC.contiguous()
-    return _run(f_TD.contiguous(), x_TCD, *gates, site, norm_D, head=False)
+    more = None if more_TD is None else more_TD.contiguous()
+    return _run(f_TD.contiguous(), more, x_TCD, *gates, site, norm_D, head=False)

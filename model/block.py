@@ -60,9 +60,28 @@ class Block:
 
     def before(self, x_TCD: Tensor, batch: Batch, cache: LayerCache) -> Half:
         """Run up to the experts' input: `half.ffn_in_TD` is what travels."""
-        a_TD, post, comb = self.hc_attn.pre(x_TCD, self.attn_norm)
-        a_TD = self.attention(a_TD, batch, cache)
-        x_TCD, f_TD, post, comb = self.hc_ffn.post_pre(a_TD, x_TCD, post, comb, self.ffn_norm)
+        return self._attend(x_TCD, *self.hc_attn.pre(x_TCD, self.attn_norm), batch, cache)
+
+    def follow(
+        self, half: Half, routed_TD: Tensor, shared_TD: Tensor, batch: Batch, cache: LayerCache
+    ) -> Half:
+        """`after` of the layer before, which kept `half`, then `before` of this one, at once."""
+        kept = half.x_TCD, half.post_TC, half.comb_TCC
+        made = self.hc_attn.post_pre(routed_TD, *kept, self.attn_norm, shared_TD)
+        return self._attend(*made, batch, cache)
+
+    def _attend(
+        self,
+        x_TCD: Tensor,
+        a_TD: Tensor,
+        post: Tensor,
+        comb: Tensor,
+        batch: Batch,
+        cache: LayerCache,
+    ) -> Half:
+        """From the attention's input, collapsed and normalised, on."""
+        f_TD = self.attention(a_TD, batch, cache)
+        x_TCD, f_TD, post, comb = self.hc_ffn.post_pre(f_TD, x_TCD, post, comb, self.ffn_norm)
         return Half(x_TCD, post, comb, f_TD)
 
     def share(self, half: Half) -> Tensor:

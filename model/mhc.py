@@ -64,9 +64,10 @@ class HyperConnection:
         post_TC: Tensor,
         comb_TCC: Tensor,
         norm_D: Tensor | None = None,
+        more_TD: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`hc_post` of the block before, then `pre`; returns the new streams first."""
-        return kernels.hc_post_pre(f_TD, x_TCD, post_TC, comb_TCC, self.site, norm_D)
+        return kernels.hc_post_pre(f_TD, x_TCD, post_TC, comb_TCC, self.site, norm_D, more_TD)
 
 
 class HyperHead:

@@ -182,6 +182,10 @@ def test_collapsing_the_streams(width: int, normed: bool) -> None:
     check(hc_pre, [x], [site, norm], 1e-4)
     rows = [random(13, width, seed=5), x, random(13, 4, seed=6), random(13, 4, 4, seed=7)]
     check(hc_post_pre, rows, [site, norm], 1e-4)
+    more = random(13, width, seed=8)
+    made = hc_post_pre(*rows, site, norm, more)
+    for got, want in zip(made, hc_post_pre.reference(*rows, site, norm, more), strict=True):
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("more", [True, False])

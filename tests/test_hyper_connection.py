@@ -76,6 +76,24 @@ def test_post_and_pre_in_one_equal_fp64(tokens: int, width: int, kind: torch.dty
         assert error(got, want) < 1e-5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_post_and_pre_in_one_add_two_outputs(kind: torch.dtype) -> None:
+    """As layers meet: sums of routed experts in fp32, and what the shared one made."""
+    tokens, width = COUNTS[-1], WIDTHS[0]
+    x, f, more = random(tokens, C, width, kind=kind), random(tokens, width), random(tokens, width)
+    more, s, norm = more.to(kind), site(width), random(width)
+    post, comb = random(tokens, C), random(tokens, C, C, size=0.5)
+    with poisoned():
+        out, *rest = twin(hc_post_pre)(f, x, post, comb, s, norm, more)
+        alone = twin(hc_post)(f, x, post, comb, more)
+        again = twin(hc_pre)(alone, s, norm)
+    assert torch.equal(out, alone)
+    limit = LIMIT[kind]
+    assert error(out, true_post((f + more).to(kind), x, post, comb)) < limit
+    for a, b in zip(rest, again, strict=True):
+        assert error(a, b) < (1e-3 * limit if kind is torch.bfloat16 else limit)
+
+
 @pytest.mark.parametrize("tokens", COUNTS[1:])
 def test_head_and_pre_without_a_norm_equal_fp64(tokens: int) -> None:
     x = random(tokens, C, WIDTHS[-1], kind=torch.bfloat16)
