@@ -11,10 +11,12 @@ from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from whalepod.engine.step import MicroBatch, Part
+from whalepod.engine.upload import sendable
 from whalepod.model.batch import Batch
 
 if TYPE_CHECKING:
@@ -185,13 +187,16 @@ class GraphInputs:
         """Ids, positions and slots `[3, rows]` int64, and block tables `[rows, width]` int32."""
         parts = (*parts, *(parts[:1] * (len(self._written) - len(parts))))
         numbers = [[p.ids[0] for p in parts], [p.start for p in parts], [p.slot for p in parts]]
-        self._numbers.copy_(torch.from_numpy(np.array(numbers)))
+        self._send(self._numbers, np.array(numbers))
         # Few sequences get a block in a step, and a table is the same object until its own does.
         changed = [i for i, p in enumerate(parts) if p.blocks is not self._written[i]]
         for i in changed:
             self._host[i, : len(parts[i].blocks)] = parts[i].blocks
         if changed:
-            self._tables.copy_(torch.from_numpy(self._host))
+            self._send(self._tables, self._host)
         for i in changed:
             self._written[i] = parts[i].blocks
         return self._numbers, self._tables
+
+    def _send(self, to: Tensor, host: npt.NDArray[np.signedinteger]) -> None:
+        to.copy_(sendable(torch.from_numpy(host), to.device), non_blocking=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from whalepod.engine.adjust import adjusted, constrained
 from whalepod.engine.grammar import Grammars
 from whalepod.engine.request import Sampling
+from whalepod.engine.upload import fetch, upload
 from whalepod.kernels import sample as kernels
 from whalepod.kernels.draw import best_tokens, ranked
 
@@ -143,9 +144,8 @@ def _mostly_on_device(
 
 def _on_device(logits_NV: Tensor, settings: Seq[Sampling], positions: Seq[int]) -> list[Drawn]:
     rows = [settings_row(s, p) for s, p in zip(settings, positions, strict=True)]
-    numbers = torch.tensor(rows, dtype=torch.float64).to(logits_NV.device)
-    tokens, logprobs = kernels.sample(logits_NV, numbers)
-    return [Drawn(t, p) for t, p in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
+    numbers = upload(torch.tensor(rows, dtype=torch.float64), logits_NV.device)
+    return [Drawn(*d) for d in zip(*fetch(*kernels.sample(logits_NV, numbers)), strict=True)]
 
 
 def settings_row(settings: Sampling, position: int) -> tuple[float, float, float, float, float]:
