@@ -73,7 +73,7 @@ def test_products_of_few_rows(kind: str, rows: int) -> None:
     assert "atom" in made.asm["ptx"]
 
 
-@pytest.mark.parametrize("rows", [1, 40, 300])
+@pytest.mark.parametrize("rows", [1, 300])
 @pytest.mark.parametrize("kind", ["fp8", "bf16", "quant"])
 def test_products_in_gluon(kind: Kind, rows: int) -> None:
     from triton.experimental.gluon.language import NVMMASharedLayout
