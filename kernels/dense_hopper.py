@@ -56,7 +56,7 @@ def cut_of(kind: Kind, rows: int, outputs: int, columns: int, groups: int, chunk
     apart = few and chunks > 1 and rows <= 128 and columns >= _LONG
     many = programs(128, tall) * (chunks if apart else 1)
     if kind == "bf16" and not apart and many > 2 * _PROCESSORS:
-        if rows > 128 and chunks == 1 and programs(128, 256) >= _FILL:
+        if 128 < rows <= 256 and chunks == 1 and programs(128, 256) >= _FILL:
             return Cut(128, 256, 8, 2, False)
         return Cut(128, tall, 8, 2 if tall == 64 else 3, False)
     if kind == "fp8" and many >= _WIDE_FILL[tall]:
