@@ -18,10 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from whalepod.kernels.overlap_gluon import begin
-
-# Triton 3.7 has renamed it.
-barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+from whalepod.kernels.overlap_gluon import barrier, begin
 
 
 @gluon.jit

@@ -21,10 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from whalepod.kernels.dense_triton import HIGH_TO_BF16, LOW_TO_BF16
-from whalepod.kernels.overlap_gluon import begin
-
-# Triton 3.7 has renamed it.
-barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+from whalepod.kernels.overlap_gluon import barrier, begin
 
 
 @gluon.jit

@@ -16,11 +16,8 @@ Scales = tuple[Tensor, Tensor]
 _PROCESSORS = 132
 _FILL = 90  # programs that occupy a GPU if each needs all of a processor
 _LONG = 4096  # columns that are too many for one program after the other, where few programs are
-_WIDE_FILL = {
-    64: 200,
-    128: 100,
-}  # the same of two warp groups, which share inputs, by rows of a tile
-_QUANT_ROWS = 256  # from here on the plain kernel's large tiles pay
+_WIDE_FILL = {64: 200, 128: 100}  # likewise of two warp groups that share inputs, by their rows
+_QUANT_ROWS = 256  # beyond them the plain kernel's large tiles pay
 
 
 class Cut(NamedTuple):

@@ -88,7 +88,8 @@ def mix_kernel(
     f, more, x, post, comb, out, fn, parts, T,
     D: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, POST: tl.constexpr,
     PROJECT: tl.constexpr, EXACT: tl.constexpr, CUTS: tl.constexpr, TOKENS: tl.constexpr,
-    COLS: tl.constexpr, REPEAT: tl.constexpr, SWAP: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr = False,
+    COLS: tl.constexpr, REPEAT: tl.constexpr, SWAP: tl.constexpr, AHEAD: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """First launch, over `[T, 4, D]`: REPEAT tiles; without POST `out` and `f` are not looked at."""
     split = tl.program_id(SWAP)
@@ -233,13 +234,14 @@ def _mix(
         f, more, x, post, comb, out, fn, parts, tokens,
         D=width, N=0 if fn is None else fn.shape[0], SPLITS=splits, POST=f is not None,
         PROJECT=fn is not None, EXACT=INTERPRETED or x.dtype == torch.float32, CUTS=INTERPRETED,
-        TOKENS=TOKENS, COLS=COLS, REPEAT=repeat, SWAP=SWAP, AHEAD=repeat > 1 or tiles == 1, num_warps=WARPS, **FIXED, **early(),
+        TOKENS=TOKENS, COLS=COLS, REPEAT=repeat, SWAP=SWAP, AHEAD=repeat > 1 or tiles == 1,
+        num_warps=WARPS, **FIXED, **early(),
     )  # fmt: skip
 
 
 def _run(
-    f: Tensor | None, more: Tensor | None, x: Tensor, post: Tensor | None, comb: Tensor | None, site: Site,
-    norm: Tensor | None, head: bool,
+    f: Tensor | None, more: Tensor | None, x: Tensor, post: Tensor | None, comb: Tensor | None,
+    site: Site, norm: Tensor | None, head: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, streams, width = x.shape
     x = x.contiguous()
@@ -250,11 +252,8 @@ def _run(
     for first in range(0, tokens, CHUNK):
         some = slice(first, first + CHUNK)
         parts = site.fn.new_empty(min(CHUNK, tokens - first), splits, 32)
-        _mix(
-            None if f is None else f[some], None if more is None else more[some], x[some],
-            None if post is None else post[some],
-            None if comb is None else comb[some], out[some], site.fn, parts,
-        )  # fmt: skip
+        own = [None if t is None else t[some] for t in (f, more, post, comb)]
+        _mix(own[0], own[1], x[some], own[2], own[3], out[some], site.fn, parts)
         sinks = 0 if head else triton.cdiv(parts.shape[0], SINKHORN)
         finish_kernel[(sinks + parts.shape[0],)](
             out[some], parts, site.scales, site.base, norm, y[some], gates[some], mixed[some],

@@ -15,10 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from whalepod.kernels.index_scores_triton import FP4_TO_BF16, FP8_TO_BF16
-from whalepod.kernels.overlap_gluon import begin
-
-# Triton 3.7 has renamed it.
-barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+from whalepod.kernels.overlap_gluon import barrier, begin
 
 
 @gluon.jit

@@ -139,9 +139,9 @@ def _totals(
 @jit
 def _place_kernel(
     experts, slot_of, parts, pairs, chunks, order, slots, starts, stops, used,
-    ROWS: tl.constexpr, MOST: tl.constexpr, CROWD: tl.constexpr, ALL: tl.constexpr, EXPERTS: tl.constexpr, HELD: tl.constexpr,
-    BINS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    ROWS: tl.constexpr, MOST: tl.constexpr, CROWD: tl.constexpr, ALL: tl.constexpr,
+    EXPERTS: tl.constexpr, HELD: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+    STEP: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     begin(EARLY)
     mine = tl.program_id(0)
