@@ -260,12 +260,13 @@ class Membership:
 
     async def _bury(self, names: list[str]) -> None:
         """Drop members whose process is gone or silent."""
-        known = [(n, self.members[n].handle) for n in names if n in self.members]
-        living = await asyncio.gather(*(self._alive(handle) for _, handle in known))
-        for (name, _), alive in zip(known, living, strict=True):
-            if alive:
-                continue
-            self.members.pop(name, None)
+        known = [self.members[n] for n in names if n in self.members]
+        living = await asyncio.gather(*(self._alive(record.handle) for record in known))
+        for record in [r for r, alive in zip(known, living, strict=True) if not alive]:
+            name = record.info.name
+            if self.members.get(name) is not record:
+                continue  # it left in good order while it was asked, and has ended since
+            del self.members[name]
             self._note("gone", self.last_id, name)
             if self.epoch is not None and any(s.name == name for s in self.epoch.members):
                 self.lost.add(self.epoch.id)

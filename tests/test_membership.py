@@ -24,6 +24,8 @@ class Fake:
         self.membership, self.info = membership, MemberInfo(name, pool)
         self.alive, self.log, self.epoch = True, list[tuple[str, int]](), 0
         self.silent_in: str | None = None
+        self.asked, self.may_answer = asyncio.Event(), asyncio.Event()
+        self.may_answer.set()
         membership.join(self.info, self, CONFIG.digest, None)
         self.task = asyncio.create_task(self.follow())
 
@@ -51,7 +53,8 @@ class Fake:
 
 
 async def answers(fake: Fake) -> bool:
-    await asyncio.sleep(0)
+    fake.asked.set()
+    await fake.may_answer.wait()
     return fake.alive
 
 
@@ -118,6 +121,27 @@ def test_joins_and_leaves_make_epochs_and_leave_returns_after_the_switch() -> No
         assert members["x"].log[-1] == ("rest", 0)
         assert membership.epoch is not None
         assert not membership.epoch.placement.missing(["y", "z"])
+
+    scenario(body)
+
+
+def test_who_leaves_while_asked_for_a_sign_of_life_is_not_lost() -> None:
+    async def body(membership: Membership) -> None:
+        members = await started(membership)
+        x = members["x"]
+        x.may_answer.clear()
+        x.asked.clear()
+        watch = asyncio.create_task(membership.watch(0.01))
+        await x.asked.wait()
+        await membership.leave("x")
+        x.die()
+        x.may_answer.set()
+        members["y"].asked.clear()
+        await members["y"].asked.wait()  # the round in which x was asked has ended
+        watch.cancel()
+        assert [e["event"] for e in membership.history] == ["serving", "serving"]
+        assert membership.status()["ready"]
+        assert not membership.lost
 
     scenario(body)
 
