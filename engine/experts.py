@@ -41,7 +41,10 @@ class Experts(Protocol):
         ...
 
     def receive(self, layer: int, micro_batch: int) -> Tensor:
-        """Wait for the sums of the rows sent, `[T, D]` fp32. Raises EpochLost."""
+        """Wait for the sums of the rows sent, `[T, D]` fp32; or `[T, K, D]`, yet to be added up in order.
+
+        Raises EpochLost.
+        """
         ...
 
 

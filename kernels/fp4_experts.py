@@ -17,7 +17,7 @@ from whalepod.kernels.jit import INTERPRETED, runs, triton
 from whalepod.kernels.linear import linear
 from whalepod.kernels.overlap import early
 from whalepod.kernels.registry import Kernel
-from whalepod.kernels.route import Blocks, Route, route
+from whalepod.kernels.route import Alone, Blocks, Route, route
 from whalepod.kernels.swiglu import swiglu
 
 
@@ -118,13 +118,7 @@ def _fp4_experts(
     tokens, k = experts_TK.shape
     pairs, held = tokens * k, w13.count
     tiles = _IN_FP32 if x_TD.dtype == torch.float32 else tiles_of(pairs, held)
-    crowds = tiles.crowd > 0 and tokens > 2 * tiles.rows  # a token chooses an expert once
-    blocks = Blocks(tiles.rows, 2 * tiles.rows, tiles.crowd) if crowds else Blocks(tiles.rows)
-    way = route(experts_TK, slot_of_E, held, blocks)
-    launches = [(0, len(way.slots), tiles)]
-    if crowds:
-        wide = tiles._replace(rows=tiles.crowd, stages=3)
-        launches.append((tiles.rows, min(len(way.slots), blocks.bound_crowded(pairs)), wide))
+    way, launches = _way(experts_TK, slot_of_E, held, tiles)
     x = round_fp8(x_TD) if released else x_TD.contiguous()
     # Rows of absent experts stay as they are; NumPy, which interprets, warns of what may lie there.
     inner = x.new_zeros(pairs, w2.columns) if INTERPRETED else x.new_empty(pairs, w2.columns)
@@ -137,8 +131,35 @@ def _fp4_experts(
     return out.view(tokens, k, w2.rows)
 
 
+def _way(
+    experts_TK: Tensor, slot_of_E: Tensor, held: int, tiles: Tiles
+) -> tuple[Route | Alone, list[tuple[int, int, Tiles]]]:
+    """Where the pairs go, and the launches for it: `least`, `blocks` and `tiles` of `gate_up`."""
+    tokens, k = experts_TK.shape
+    if tokens == 1:
+        return Alone(slot_of_E, experts_TK[0].contiguous()), [(0, k, tiles)]
+    crowds = tiles.crowd > 0 and tokens > 2 * tiles.rows  # a token chooses an expert once
+    blocks = Blocks(tiles.rows, 2 * tiles.rows, tiles.crowd) if crowds else Blocks(tiles.rows)
+    way = route(experts_TK, slot_of_E, held, blocks)
+    launches = [(0, len(way.slots), tiles)]
+    if crowds:
+        wide = tiles._replace(rows=tiles.crowd, stages=3)
+        most = min(len(way.slots), blocks.bound_crowded(tokens * k))
+        launches.append((tiles.rows, most, wide))
+    return way, launches
+
+
+def _pointers(way: Route | Alone) -> tuple[Tensor | None, ...]:
+    """`order`, `slots`, `starts`, `stops` and `used` as the kernels take them."""
+    return way if isinstance(way, Route) else (*way, None, None, None)
+
+
+def _experts(way: Route | Alone) -> int:
+    return way.slot_of_E.numel() if isinstance(way, Alone) else 0
+
+
 def gate_up(
-    x: Tensor, weights: Tensor, way: Route, k: int, w13: Fp4Stack, limit: float, out: Tensor,
+    x: Tensor, weights: Tensor, way: Route | Alone, k: int, w13: Fp4Stack, limit: float, out: Tensor,
     tiles: Tiles, least: int, blocks: int,
 ) -> None:  # fmt: skip
     """`out[place]` in the order of the route, `[R, I]`; absent experts' rows stay.
@@ -150,24 +171,31 @@ def gate_up(
     programs = triton.cdiv(2 * out.shape[1], n)
     if blocks:
         gate_up_kernel[(programs * blocks,)](
-            x, w13.codes, w13.scales, w13.gain, way.order, weights, way.slots, way.starts,
-            way.stops, way.used, out, WIDTH=out.shape[1], COLUMNS=w13.columns, TOP=k, LIMIT=limit,
-            TILES=programs, BN=n, BM=tiles.rows, LEAST=least, EXACT=_exact(x), num_warps=warps,
+            x, w13.codes, w13.scales, w13.gain, weights, *_pointers(way), out, WIDTH=out.shape[1],
+            COLUMNS=w13.columns, TOP=k, LIMIT=limit, TILES=programs, BN=n, BM=tiles.rows,
+            LEAST=least, EXPERTS=_experts(way), EXACT=_exact(x), num_warps=warps,
             num_stages=tiles.stages, **early(),
         )  # fmt: skip
 
 
 def down(
-    inner: Tensor, way: Route, w2: Fp4Stack, out: Tensor, tiles: Tiles, least: int, blocks: int
+    inner: Tensor,
+    way: Route | Alone,
+    w2: Fp4Stack,
+    out: Tensor,
+    tiles: Tiles,
+    least: int,
+    blocks: int,
 ) -> None:
     """Rows of the route to `out[pair]`, `[R, D]`; arguments as for `gate_up`."""
     n, warps = tiles.down
     programs = triton.cdiv(w2.rows, n)
     if blocks:
         down_kernel[(programs * blocks,)](
-            inner, w2.codes, w2.scales, w2.gain, way.order, way.slots, way.starts, way.stops,
-            way.used, out, D=w2.rows, COLUMNS=w2.columns, TILES=programs, BN=n, BM=tiles.rows,
-            LEAST=least, EXACT=_exact(inner), num_warps=warps, num_stages=tiles.stages, **early(),
+            inner, w2.codes, w2.scales, w2.gain, *_pointers(way), out, D=w2.rows,
+            COLUMNS=w2.columns, TILES=programs, BN=n, BM=tiles.rows, LEAST=least,
+            EXPERTS=_experts(way), EXACT=_exact(inner), num_warps=warps, num_stages=tiles.stages,
+            **early(),
         )  # fmt: skip
 
 

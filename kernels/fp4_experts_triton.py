@@ -113,32 +113,43 @@ def _products(
 
 
 @jit
-def _block(slots, starts, stops, used, block, LEAST: tl.constexpr, BM: tl.constexpr):
-    """Whether to compute a block, its slot, its places in the order, and which of them are its.
+def _block(
+    order, slots, starts, stops, used, block, EXPERTS: tl.constexpr, LEAST: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    """Whether to compute a block, its slot, the places of its rows, which of them are real, their pairs.
 
-    Other launches compute blocks of at most LEAST rows and of more than BM.
+    Other launches compute blocks of at most LEAST rows and of more than BM. With EXPERTS it is about one
+    token: blocks are its pairs, `slots` the ids of their experts, and `order` says where each expert lies.
     """
-    exist, slot = tl.load(used), tl.load(slots + block)  # at once: each waits for the memory
-    start, stop = tl.load(starts + block), tl.load(stops + block)
-    at = start + tl.arange(0, BM)
-    ours = (block < exist) & (stop - start > LEAST) & (stop - start <= BM)
-    return ours, slot.to(tl.int64), at, at < stop
+    if EXPERTS > 0:
+        expert = tl.load(slots + block)
+        inside = (expert >= 0) & (expert < EXPERTS)
+        slot = tl.load(order + tl.where(inside, expert, 0), mask=inside, other=-1)
+        row = block + tl.arange(0, BM)
+        ours, at, live = block >= 0, row, row == block
+    else:
+        exist, slot = tl.load(used), tl.load(slots + block)  # at once: each waits for the memory
+        start, stop = tl.load(starts + block), tl.load(stops + block)
+        at = start + tl.arange(0, BM)
+        live = at < stop
+        ours = (block < exist) & (stop - start > LEAST) & (stop - start <= BM)
+        row = tl.load(order + at, mask=live & ours, other=0)
+    return ours, slot.to(tl.int64), at, live, row
 
 
 @jit
 def gate_up_kernel(
-    x, codes, scales, gain, order, weights, slots, starts, stops, used, inner,
+    x, codes, scales, gain, weights, order, slots, starts, stops, used, inner,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TOP: tl.constexpr, LIMIT: tl.constexpr,
     TILES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, LEAST: tl.constexpr,
-    EXACT: tl.constexpr, EARLY: tl.constexpr = False,
+    EXPERTS: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Weighted SwiGLU of a block's rows for half a tile of columns, to their places in the route."""
     begin(EARLY)
     block, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    ours, slot, at, live = _block(slots, starts, stops, used, block, LEAST, BM)
+    ours, slot, at, live, row = _block(order, slots, starts, stops, used, block, EXPERTS, LEAST, BM)
     if (not ours) | (slot < 0):
         return
-    row = tl.load(order + at, mask=live, other=0)
     HALF: tl.constexpr = BN // 2
     first = slot * ((COLUMNS + 127) // 128 * 2 * WIDTH)
     i = tl.arange(0, BN)
@@ -162,15 +173,14 @@ def down_kernel(
     inner, codes, scales, gain, order, slots, starts, stops, used, out,
     D: tl.constexpr, COLUMNS: tl.constexpr,
     TILES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, LEAST: tl.constexpr,
-    EXACT: tl.constexpr, EARLY: tl.constexpr = False,
+    EXPERTS: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """A tile of columns of a block's outputs, to their pairs' rows; zeros for absent experts."""
     begin(EARLY)
     block, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    ours, slot, at, live = _block(slots, starts, stops, used, block, LEAST, BM)
+    ours, slot, at, live, row = _block(order, slots, starts, stops, used, block, EXPERTS, LEAST, BM)
     if not ours:
         return
-    row = tl.load(order + at, mask=live, other=0)
     n = tile * BN + tl.arange(0, BN)
     where = out + row.to(tl.int64)[None, :] * D + n[:, None]
     kept = live[None, :] & (n < D)[:, None]

@@ -1,6 +1,7 @@
 """Hyper-connections around a block: spread its output over the residual streams, collapse them again.
 
-Legend: T tokens, C streams, D width, N outputs of a site's projection. All mixing is done in fp32.
+Legend: T tokens, C streams, D width, N outputs of a site's projection, K experts a token. All mixing is done
+in fp32.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.activation import sigmoid
+from whalepod.kernels.combine import combine
 from whalepod.kernels.jit import runs
 from whalepod.kernels.linear import linear
 from whalepod.kernels.registry import Kernel
@@ -97,11 +99,14 @@ def hc_post(
     """Spread a block's output over the streams: `X'[k] = post[k] F + sum_j comb[j, k] X[j]`.
 
     Args:
+        f_TD: or `[T, K, D]`, a token's parts, which are added up first as `combine` does.
         more_TD: added to `f_TD` first, in fp32.
 
     Returns:
         `[T, C, D]` in the dtype of `x_TCD`. The sum runs over the first index of `comb_TCC`.
     """
+    if f_TD.dim() == 3:
+        f_TD = combine.reference(f_TD)
     if more_TD is not None:
         f_TD = (f_TD + more_TD.float()).to(x_TCD.dtype)
     spread = post_TC.unsqueeze(-1) * f_TD.float().unsqueeze(1)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from whalepod.kernels.combine import combine
 from whalepod.kernels.compiled import compiled, entry, runs
 from whalepod.kernels.hyper_connection import Site, hc_head, hc_post, hc_post_pre, hc_pre
 from whalepod.kernels.linear_cpu import multiply, packed, plain
@@ -183,6 +184,7 @@ def _hc_post(
     f_TD: Tensor, x_TCD: Tensor, post_TC: Tensor, comb_TCC: Tensor, more_TD: Tensor | None = None
 ) -> Tensor:
     rows, streams, width = x_TCD.shape
+    f_TD = combine(f_TD) if f_TD.dim() == 3 else f_TD
     wanted = (f_TD, x_TCD, post_TC, comb_TCC)
     more = () if more_TD is None else (more_TD,)
     if streams != _STREAMS or width % LANES or not plain(*wanted, *more):

@@ -1,7 +1,7 @@
 """Triton source of `hyper_connection`, for four streams.
 
 Two launches. The first goes over the streams in tiles of 16 tokens by COLS columns: it spreads the
-block's output over them (POST), writes them, and multiplies what it wrote by its part of the
+block's output over them (TOP), writes them, and multiplies what it wrote by its part of the
 projection (PROJECT). The second adds the parts up in their order; a few of its programs do Sinkhorn's
 normalisation while the others collapse the streams, one token each.
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from whalepod.kernels.jit import FIXED, INTERPRETED, jit, tl, triton
 from whalepod.kernels.narrow import rounded
 from whalepod.kernels.overlap import begin, early
+from whalepod.kernels.sinkhorn_triton import logistic, place, sinkhorn
 
 if TYPE_CHECKING:
     from whalepod.kernels.hyper_connection import Site
@@ -30,17 +31,6 @@ COLS, TOKENS, SINKHORN, WARPS, SWAP = 64, 16, 4, 4, 0
 MANY, REPEAT = 512, 8
 # Tokens of one launch, which bounds the memory for parts.
 CHUNK = 8192
-
-
-@jit
-def _logistic(x):
-    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 80.0)))
-
-
-@jit
-def _place(n):
-    """Row of `fn` behind column n of the parts, and whether there is one."""
-    return tl.where(n < 4, n, n - 4), (n < 4) | ((n >= 8) & (n < 28))
 
 
 @jit
@@ -72,7 +62,7 @@ def _spread(f, x0, x1, x2, x3, post, comb, t, live, K: tl.constexpr):
 @jit
 def _weights(fn, column, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     """Stream K's part of the projection, `[COLS, 32]` fp32."""
-    row, real = _place(tl.arange(0, 32))
+    row, real = place(tl.arange(0, 32))
     kept = (real & (row < N))[None, :] & (column < D)[:, None]
     return tl.load(fn + row[None, :] * (4 * D) + (K * D + column)[:, None], mask=kept, other=0.0)
 
@@ -84,14 +74,27 @@ def _squares(x):
 
 
 @jit
+def _added(f, t, column, kept, D: tl.constexpr, TOP: tl.constexpr):
+    """Outputs of a block, `[TOKENS, COLS]` fp32; TOP of them a token are added up in their order."""
+    at = f + t[:, None] * (TOP * D) + column[None, :]
+    total = tl.load(at, mask=kept, other=0.0).to(tl.float32)
+    for k in tl.static_range(1, TOP):
+        total += tl.load(at + k * D, mask=kept, other=0.0).to(tl.float32)
+    return total
+
+
+@jit
 def mix_kernel(
     f, more, x, post, comb, out, fn, parts, T,
-    D: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, POST: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, TOP: tl.constexpr,
     PROJECT: tl.constexpr, EXACT: tl.constexpr, CUTS: tl.constexpr, TOKENS: tl.constexpr,
     COLS: tl.constexpr, REPEAT: tl.constexpr, SWAP: tl.constexpr, AHEAD: tl.constexpr,
     EARLY: tl.constexpr = False,
 ):  # fmt: skip
-    """First launch, over `[T, 4, D]`: REPEAT tiles; without POST `out` and `f` are not looked at."""
+    """First launch, over `[T, 4, D]`: REPEAT tiles.
+
+    TOP outputs of a block are spread, where it is 0 `out` and `f` are not looked at.
+    """
     split = tl.program_id(SWAP)
     column = split * COLS + tl.arange(0, COLS)
     # Weights do not wait. For one tile of several they are loaded late, which takes fewer registers.
@@ -108,9 +111,8 @@ def mix_kernel(
         x0, x1 = tl.load(x + at, mask=kept, other=0.0), tl.load(x + at + D, mask=kept, other=0.0)
         x2 = tl.load(x + at + 2 * D, mask=kept, other=0.0)
         x3 = tl.load(x + at + 3 * D, mask=kept, other=0.0)
-        if POST:
-            wide = tl.load(f + t[:, None] * D + column[None, :], mask=kept, other=0.0)
-            wide = wide.to(tl.float32)
+        if TOP > 0:
+            wide = _added(f, t, column, kept, D, TOP)
             if more is not None:
                 wide += tl.load(more + t[:, None] * D + column[None, :], mask=kept, other=0.0)
                 wide = rounded(wide, kind, CUTS).to(tl.float32)
@@ -141,43 +143,6 @@ def mix_kernel(
 
 
 @jit
-def _sinkhorn(
-    parts, scales, base, post, comb, first, T, D: tl.constexpr, SPLITS: tl.constexpr,
-    ITERS: tl.constexpr, EPS: tl.constexpr, RMS_EPS: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Gates and matrix of TOKENS tokens: rows 2 of eight rows of four are post, rows 3-6 the matrix."""
-    t, n = (first + tl.arange(0, TOKENS)).to(tl.int64), tl.arange(0, 32)
-    live = (t < T)[:, None]
-    acc = tl.zeros((TOKENS, 32), tl.float32)
-    for split in range(SPLITS):
-        acc += tl.load(
-            parts + (t * SPLITS + split)[:, None] * 32 + n[None, :], mask=live, other=0.0
-        )
-    squares = tl.sum(tl.where((n == 4)[None, :], acc, 0.0), 1)
-    rms = 1.0 / tl.sqrt(squares / (4 * D) + RMS_EPS)
-    row, real = _place(n)
-    scale = tl.load(scales + row, mask=real, other=0.0)
-    shift = tl.load(base + row, mask=real, other=0.0)
-    mixes = tl.where(real[None, :], acc * rms[:, None] * scale[None, :] + shift[None, :], 0.0)
-    gate = 2.0 * _logistic(mixes)
-    tl.store(
-        post + t[:, None] * 4 + n[None, :] - 8, gate, mask=live & ((n >= 8) & (n < 12))[None, :]
-    )
-    cube = tl.reshape(mixes, (TOKENS, 8, 4))
-    j = tl.arange(0, 8)
-    inside = ((j >= 3) & (j < 7))[None, :, None]
-    cube = tl.exp(cube - tl.max(cube, 2)[:, :, None])
-    cube = tl.where(inside, cube / tl.sum(cube, 2)[:, :, None] + EPS, 0.0)
-    cube = cube / (tl.sum(cube, 1) + EPS)[:, None, :]
-    for _ in range(ITERS - 1):
-        cube = cube / (tl.sum(cube, 2) + EPS)[:, :, None]
-        cube = cube / (tl.sum(cube, 1) + EPS)[:, None, :]
-    flat = tl.reshape(cube, (TOKENS, 32))
-    kept = live & ((n >= 12) & (n < 28))[None, :]
-    tl.store(comb + t[:, None] * 16 + n[None, :] - 12, flat, mask=kept)
-
-
-@jit
 def finish_kernel(
     x, parts, scales, base, norm, y, post, comb, T, SINKS,
     D: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr, ITERS: tl.constexpr,
@@ -192,7 +157,7 @@ def finish_kernel(
         weight = tl.load(norm + d, mask=kept, other=0.0)
     begin(EARLY)
     if pid < SINKS:
-        _sinkhorn(
+        sinkhorn(
             parts, scales, base, post, comb, pid * TOKENS, T, D, SPLITS, ITERS, EPS, RMS_EPS, TOKENS
         )
         return
@@ -209,7 +174,7 @@ def finish_kernel(
     rms = 1.0 / tl.sqrt(tl.sum(tl.where(n == 4, total, 0.0)) / (4 * D) + RMS_EPS)
     scale = tl.load(scales + n, mask=n < 4, other=0.0)
     shift = tl.load(base + n, mask=n < 4, other=0.0)
-    gate = _logistic(total * rms * scale + shift) + EPS
+    gate = logistic(total * rms * scale + shift) + EPS
     out = tl.sum(tl.where(n == 0, gate, 0.0)) * x0.to(tl.float32)
     out = tl.fma(tl.sum(tl.where(n == 1, gate, 0.0)), x1.to(tl.float32), out)
     out = tl.fma(tl.sum(tl.where(n == 2, gate, 0.0)), x2.to(tl.float32), out)
@@ -232,8 +197,8 @@ def _mix(
     tiles = triton.cdiv(tokens, TOKENS * repeat)
     mix_kernel[(tiles, splits) if SWAP else (splits, tiles)](
         f, more, x, post, comb, out, fn, parts, tokens,
-        D=width, N=0 if fn is None else fn.shape[0], SPLITS=splits, POST=f is not None,
-        PROJECT=fn is not None, EXACT=INTERPRETED or x.dtype == torch.float32, CUTS=INTERPRETED,
+        D=width, N=0 if fn is None else fn.shape[0], SPLITS=splits,
+        TOP=0 if f is None else f.shape[1] if f.dim() == 3 else 1, PROJECT=fn is not None, EXACT=INTERPRETED or x.dtype == torch.float32, CUTS=INTERPRETED,
         TOKENS=TOKENS, COLS=COLS, REPEAT=repeat, SWAP=SWAP, AHEAD=repeat > 1 or tiles == 1,
         num_warps=WARPS, **FIXED, **early(),
     )  # fmt: skip

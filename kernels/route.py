@@ -35,6 +35,18 @@ class Route(NamedTuple):
     used: Tensor
 
 
+class Alone(NamedTuple):
+    """The pairs of one token, which need no sorting: each is a block of its own.
+
+    Args:
+        slot_of_E: `[E]` int32: where each expert lies here, -1 for one that is not here.
+        experts_K: int32 or int64; ids outside the model count as absent.
+    """
+
+    slot_of_E: Tensor
+    experts_K: Tensor
+
+
 class Blocks(NamedTuple):
     """Rows of a block; experts of more than `most` pairs are cut into blocks of `crowd` rows instead."""
 

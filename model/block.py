@@ -89,5 +89,9 @@ class Block:
         return self.shared(half.ffn_in_TD)
 
     def after(self, half: Half, routed_TD: Tensor, shared_TD: Tensor) -> Tensor:
-        """Add what the routed experts sent back (fp32) and close the layer."""
+        """Add what the routed experts sent back and close the layer.
+
+        Args:
+            routed_TD: fp32 sums, or `[T, K, D]`, yet to be added up in order.
+        """
         return hc_post(routed_TD, half.x_TCD, half.post_TC, half.comb_TCC, shared_TD)

@@ -59,9 +59,12 @@ def _pairs(
 
 
 def mixture(x_TD: Tensor, routes: Routes, table: Table) -> Tensor:
-    """Run every token through its experts and add up, `[T, D]` fp32."""
+    """Run every token through its experts and add up, `[T, D]` fp32.
+
+    A stack's outputs are left as they are, `[T, K, D]`: whoever closes the layer adds them up (`hc_post`).
+    """
     if isinstance(table, ExpertStack):
-        return combine(table(x_TD, routes.experts_TK, routes.weights_TK))
+        return table(x_TD, routes.experts_TK, routes.weights_TK)
     tokens, k = routes.experts_TK.shape
     parts = _pairs(x_TD, routes.experts_TK.flatten(), routes.weights_TK.flatten(), k, table)
     return combine(parts.view(tokens, k, -1))

@@ -149,10 +149,10 @@ def test_attention_in_gluon(new: bool, listed: bool) -> None:
 def test_hyper_connections(tokens: int) -> None:
     from whalepod.kernels import hyper_connection_triton as hc
 
-    types = {"f": BF16, "more": FP32, "x": BF16, "post": FP32, "comb": FP32, "out": BF16}
+    types = {"f": BF16, "more": BF16, "x": BF16, "post": FP32, "comb": FP32, "out": BF16}
     types |= {"fn": FP32, "parts": FP32, "T": "i32"}
     constants: dict[str, Any] = {
-        **{"D": 4096, "N": 24, "SPLITS": 4096 // hc.COLS, "POST": True, "PROJECT": True},
+        **{"D": 4096, "N": 24, "SPLITS": 4096 // hc.COLS, "TOP": 6, "PROJECT": True},
         **{
             "EXACT": False,
             "CUTS": False,
@@ -168,6 +168,23 @@ def test_hyper_connections(tokens: int) -> None:
     made = compiled(hc.mix_kernel, types, constants, num_warps=hc.WARPS, enable_fp_fusion=False)
     ptx = made.asm["ptx"]
     assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
+
+
+def test_experts_of_one_token() -> None:
+    from whalepod.kernels.fp4_experts_triton import down_kernel, gate_up_kernel
+
+    types = dict.fromkeys(("x", "inner", "out"), BF16) | {"codes": I16, "scales": I32}
+    types |= {"gain": FP32, "weights": FP32, "order": I32, "slots": I64}
+    tiles = {"TILES": 64, "BN": 64, "BM": 16, "LEAST": 0, "EXPERTS": 256, "EXACT": False}
+    route = dict.fromkeys(("starts", "stops", "used"))
+    rest = {**tiles, **route, "EARLY": True}
+    up = {"WIDTH": 2048, "COLUMNS": 4096, "TOP": 6, "LIMIT": 10.0, **rest}
+    for kernel, sizes in (
+        (gate_up_kernel, up),
+        (down_kernel, {"D": 4096, "COLUMNS": 2048, **rest}),
+    ):
+        made = compiled(kernel, types, sizes, num_warps=4, num_stages=4)
+        assert " 0 bytes spill stores" in assembled(made.asm["ptx"])
 
 
 @pytest.mark.parametrize("crowd", [0, 64])

@@ -140,6 +140,21 @@ def test_scales_above_two_are_exact() -> None:
 
 
 @pytest.mark.triton
+def test_one_token_alone_has_the_bits_it_has_in_company() -> None:
+    w13, w2 = stacks()
+    x, experts, weights = inputs(3)
+    experts[0] = torch.tensor(
+        [HELD[1], 1, HELD[1]]
+    )  # twice the same, which is held, and an absent one
+    experts[1] = torch.tensor([-1, E + 3, HELD[2]])
+    together = fp4_experts(x, experts, weights, slots(), w13, w2, LIMIT)
+    for t in range(3):
+        one = slice(t, t + 1)
+        alone = fp4_experts(x[one], experts[one].int(), weights[one], slots(), w13, w2, LIMIT)
+        assert torch.equal(alone, together[one])
+
+
+@pytest.mark.triton
 def test_ids_outside_the_model_give_zeros() -> None:
     w13, w2 = stacks()
     x, experts, weights = inputs(2)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from twins import DEVICE, GPU, error, poisoned, random, same, twin
 
+from whalepod.kernels.combine import combine
 from whalepod.kernels.hyper_connection import Site, hc_head, hc_post, hc_post_pre, hc_pre
 
 pytestmark = pytest.mark.triton
@@ -92,6 +93,26 @@ def test_post_and_pre_in_one_add_two_outputs(kind: torch.dtype) -> None:
     assert error(out, true_post((f + more).to(kind), x, post, comb)) < limit
     for a, b in zip(rest, again, strict=True):
         assert error(a, b) < (1e-3 * limit if kind is torch.bfloat16 else limit)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_an_output_are_added_up_in_their_order(kind: torch.dtype) -> None:
+    tokens, width = COUNTS[-1], WIDTHS[0]
+    x, parts, s = (
+        random(tokens, C, width, kind=kind),
+        random(tokens, 3, width, kind=kind),
+        site(width),
+    )
+    more, post, comb = random(tokens, width, kind=kind), random(tokens, C), random(tokens, C, C)
+    f = combine.reference(parts)
+    for added in (more, None):
+        with poisoned():
+            got = twin(hc_post_pre)(parts, x, post, comb, s, None, added)
+            want = twin(hc_post_pre)(f, x, post, comb, s, None, added)
+        for a, b in zip(got, want, strict=True):
+            assert same(a, b)
+        spread = hc_post.reference(parts, x, post, comb, added)
+        assert error(spread, hc_post.reference(f, x, post, comb, added)) == 0
 
 
 @pytest.mark.parametrize("tokens", COUNTS[1:])
