@@ -93,9 +93,12 @@ class AttentionStage:
                     experts.send(block.layer, m, none, none[:, 0].long())
                     continue
                 if (kept := halves[m]) is None or routed is None:
-                    half = block.before(x[m], batch, cache)
+                    opened = block.open(x[m])
                 else:
-                    half = block.follow(kept[0], routed, kept[1], batch, cache)
+                    opened = block.follow(kept[0], routed, kept[1])
+                # What the layer before has left is closed; attention needs the memory.
+                kept = routed = halves[m] = None
+                half = block.attend(opened, batch, cache)
                 experts.send(block.layer, m, half.ffn_in_TD, batch.ids_T)
                 halves[m] = (half, block.share(half))
         last = self.blocks[-1]

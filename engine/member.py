@@ -79,7 +79,11 @@ class Member:
         if DecodeGraphs.able(stage):
             stage.graphs = DecodeGraphs(stage) if engine.cuda_graphs else None
             most = engine.max_batch, engine.max_step_tokens
-            warm_stage(stage, *most, context_limit(self.config, self.model))
+            alone = (
+                self.config.topology.layout == "single"
+            )  # its experts leave sums to the layer's end
+            parts = self.model.num_experts_per_tok if alone else 0
+            warm_stage(stage, *most, context_limit(self.config, self.model), parts)
         if stage.head is not None or not layers.start:
             stage.grammars = self.source.grammars()
         if layers.start:

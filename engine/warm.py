@@ -30,17 +30,23 @@ _DRAWS = (Sampling(0.0), Sampling(0.8, 0.9, 40, seed=1))
 
 
 class Absent:
-    """Experts that answer with zeros."""
+    """Experts that answer with zeros: sums, or with `choices` outputs a row, as local stacks do."""
 
     places: tuple[int, ...] = ()
     key: tuple[int, ...] = ()
 
-    def __init__(self) -> None:
+    def __init__(self, choices: int = 0) -> None:
+        self._choices = choices
         self._zeros: dict[tuple[int, int], Tensor] = {}
 
     def send(self, layer: int, micro_batch: int, x_TD: Tensor, ids_T: Tensor) -> None:
         """Note how many rows want an answer."""
-        self._zeros[layer, micro_batch] = torch.zeros_like(x_TD, dtype=torch.float32)
+        tokens, width = x_TD.shape
+        self._zeros[layer, micro_batch] = (
+            x_TD.new_zeros(tokens, self._choices, width)
+            if self._choices
+            else x_TD.new_zeros(tokens, width, dtype=torch.float32)
+        )
 
     def receive(self, layer: int, micro_batch: int) -> Tensor:
         """Give it."""
@@ -55,14 +61,17 @@ def sizes_up_to(most: int) -> list[int]:
     return [1 << n for n in range(most.bit_length()) if 1 << n < most] + [most]
 
 
-def warm_stage(stage: AttentionStage, max_batch: int, step_tokens: int, context: int) -> None:
+def warm_stage(
+    stage: AttentionStage, max_batch: int, step_tokens: int, context: int, choices: int = 0
+) -> None:
     """Decode with one row to `max_batch` in short and long contexts, draw, and take prompts in.
 
     Args:
         stage: with every layer.
         step_tokens: most rows of a prompt in a pass. context: most tokens of a sequence.
+        choices: of the experts' answers, see `Absent`.
     """
-    start, experts, cache = time.monotonic(), Absent(), stage.cache
+    start, experts, cache = time.monotonic(), Absent(choices), stage.cache
     graphs = DecodeGraphs(stage, capture=False)
     longest = min(context, cache.blocks * cache.block_tokens) - 1
     for rows in sorted({rows_of(n) or n for n in sizes_up_to(min(max_batch, cache.slots))}):

@@ -6,6 +6,7 @@ Legend: T tokens, C residual streams, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,15 @@ from whalepod.model.fidelity import Fidelity
 from whalepod.model.matrix import Weights
 from whalepod.model.mhc import HyperConnection
 from whalepod.model.shape import ModelConfig
+
+
+class Opened(NamedTuple):
+    """A layer's streams, what attention takes of them, and how to spread what it makes."""
+
+    x_TCD: Tensor
+    attn_in_TD: Tensor
+    post_TC: Tensor
+    comb_TCC: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +70,20 @@ class Block:
 
     def before(self, x_TCD: Tensor, batch: Batch, cache: LayerCache) -> Half:
         """Run up to the experts' input: `half.ffn_in_TD` is what travels."""
-        return self._attend(x_TCD, *self.hc_attn.pre(x_TCD, self.attn_norm), batch, cache)
+        return self.attend(self.open(x_TCD), batch, cache)
 
-    def follow(
-        self, half: Half, routed_TD: Tensor, shared_TD: Tensor, batch: Batch, cache: LayerCache
-    ) -> Half:
-        """`after` of the layer before, which kept `half`, then `before` of this one, at once."""
+    def open(self, x_TCD: Tensor) -> Opened:
+        """Collapse the streams."""
+        return Opened(x_TCD, *self.hc_attn.pre(x_TCD, self.attn_norm))
+
+    def follow(self, half: Half, routed_TD: Tensor, shared_TD: Tensor) -> Opened:
+        """`after` of the layer before, which kept `half`, then `open` of this one, at once."""
         kept = half.x_TCD, half.post_TC, half.comb_TCC
-        made = self.hc_attn.post_pre(routed_TD, *kept, self.attn_norm, shared_TD)
-        return self._attend(*made, batch, cache)
+        return Opened(*self.hc_attn.post_pre(routed_TD, *kept, self.attn_norm, shared_TD))
 
-    def _attend(
-        self,
-        x_TCD: Tensor,
-        a_TD: Tensor,
-        post: Tensor,
-        comb: Tensor,
-        batch: Batch,
-        cache: LayerCache,
-    ) -> Half:
-        """From the attention's input, collapsed and normalised, on."""
+    def attend(self, opened: Opened, batch: Batch, cache: LayerCache) -> Half:
+        """Run attention, and up to the experts' input."""
+        x_TCD, a_TD, post, comb = opened
         f_TD = self.attention(a_TD, batch, cache)
         x_TCD, f_TD, post, comb = self.hc_ffn.post_pre(f_TD, x_TCD, post, comb, self.ffn_norm)
         return Half(x_TCD, post, comb, f_TD)

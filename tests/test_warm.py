@@ -38,6 +38,7 @@ def test_a_warm_stage_draws_what_a_cold_one_draws(tiny: Path) -> None:
         stage.forward = counted  # type: ignore[method-assign,assignment]
         with torch.inference_mode():
             warm_stage(stage, 4, 192, 1000)
+            warm_stage(stage, 4, 192, 1000, 2)
         stage.forward = forward  # type: ignore[method-assign]
 
     todo = prompts(1024)
@@ -59,7 +60,7 @@ def test_members_that_compile_warm_up_by_themselves(
     monkeypatch.setattr("whalepod.engine.member.warm_stage", noted)
     with torch.inference_mode():
         assert tokens(run(tiny, True)) == cold
-    assert warmed == [(4, 192, 65536)]
+    assert warmed == [(4, 192, 65536, 2)]
 
 
 def test_shards_and_routers_run_every_size(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
