@@ -6,7 +6,9 @@
 
 Weights are random, in the released format, with all experts, the embedding and the head. Gates are
 balanced by their biases, as training leaves them, or as random weights make them. Contexts are
-not prefilled: rings and pools hold random values, which costs a step the same. The floor is the bytes
+not prefilled: rings and pools hold random values, which costs a step the same. "graph" is the device's part
+alone; "step" all that a member does for one, which launches it while the last is under way, and "one by one" if
+it did not. The floor is the bytes
 of a step over the rate of a device copy: every weight outside the experts, the experts that the
 step's tokens chose, the keys that are scored and attended to, the head.
 """
@@ -25,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from bench import gpu
+from bench.decode_loop import step_seconds
 from bench.machine import heading
 from bench.random_weights import RandomCheckpoint
 from torch import Tensor
@@ -34,7 +37,6 @@ from whalepod.engine.attention import AttentionStage
 from whalepod.engine.experts import LocalExperts
 from whalepod.engine.graph import DecodeGraphs
 from whalepod.engine.request import Sampling
-from whalepod.engine.sampler import sample
 from whalepod.engine.source import Source
 from whalepod.engine.step import MicroBatch, Part
 from whalepod.kernels import overlap
@@ -156,33 +158,24 @@ def allocated(device: str) -> int:
 
 
 def decode_line(found: Slice, batch: int, context: int, copy: float, capture: bool) -> str:
-    """Time graphs alone, and whole steps with sampling and the tokens on the host."""
+    """Time graphs alone, and steps as a member runs them, ahead of their tokens and one by one."""
     graphs = DecodeGraphs(found.stage, capture=capture)
     steps = [found.step(batch, context, seed) for seed in range(4)]
     graphs.run([steps[-1]], found.experts)
     floor = found.floor_bytes(batch, context) / copy
-    whole: list[float] = []
     device: list[float] = []
-    for i in range(24):
-        micro_batch = steps[i % len(steps)]
-        start = time.perf_counter()
-        if capture:
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
-        made = graphs.run([micro_batch], found.experts)
-        if capture:
-            after.record()
-        assert made is not None
-        settings, positions = zip(*micro_batch.draws(), strict=True)
-        sample(made[0][2], settings, positions)
-        whole.append(time.perf_counter() - start)
-        if capture:
-            device.append(before.elapsed_time(after) / 1e3)
+    for i in range(24 if capture else 0):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        graphs.run([steps[i % len(steps)]], found.experts)
+        after.record()
+        after.synchronize()
+        device.append(before.elapsed_time(after) / 1e3)
     distinct = sum(g.distinct for g in found.gates.values()) / max(1, len(found.gates))
     took = statistics.median(device[4:]) if capture else float("nan")
-    total = statistics.median(whole[4:])
+    total, apart = step_seconds(found.stage, graphs, found.experts, batch, context)
     return (
-        f"| {batch} | {context:,} | {took * 1e3:.3f} | {total * 1e3:.3f} | {distinct:.0f} | "
+        f"| {batch} | {context:,} | {took * 1e3:.3f} | {total * 1e3:.3f} | {apart * 1e3:.3f} | {distinct:.0f} | "
         f"{floor * copy / 1e9:.2f} | {floor * 1e3:.3f} | {took / floor:.2f} | {total / floor:.2f} | "
         f"{batch / total:,.0f} |"
     )
@@ -237,8 +230,8 @@ def prefill_line(found: Slice, tokens: int) -> str:
 def print_tables(found: Slice, args: argparse.Namespace, copy: float) -> None:
     """Steps and a prompt; with `--kernels` what the device does meanwhile."""
     print(
-        "| batch | context | graph ms | step ms | experts a layer | GB | floor ms | "
-        "graph / floor | step / floor | tokens/s |\n|---|---|---|---|---|---|---|---|---|---|"
+        "| batch | context | graph ms | step ms | one by one | experts a layer | GB | floor ms | "
+        "graph / floor | step / floor | tokens/s |\n|---|---|---|---|---|---|---|---|---|---|---|"
     )
     for context in args.context:
         for batch in args.batch:

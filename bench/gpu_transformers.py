@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 from bench import gpu
+from bench.decode_loop import step_seconds
 from bench.gpu_step import RATIOS, Slice, prefill_line
 from bench.machine import heading
 
 from whalepod.engine.graph import DecodeGraphs
-from whalepod.engine.sampler import sample
 from whalepod.model.shape import ModelConfig
 
 STEPS = 20
@@ -89,17 +89,9 @@ def time_prefill(model: torch.nn.Module, config: ModelConfig, tokens: int) -> fl
 
 
 def time_ours(found: Slice, batch: int, context: int) -> float:
-    """Whole steps: graph, sampling, tokens on the host."""
+    """Whole steps, as a member runs them."""
     graphs = DecodeGraphs(found.stage)
-    micro_batch = found.step(batch, context, 0)
-
-    def step() -> None:
-        made = graphs.run([micro_batch], found.experts)
-        assert made is not None
-        settings, positions = zip(*micro_batch.draws(), strict=True)
-        sample(made[0][2], settings, positions)
-
-    return repeated(step)
+    return step_seconds(found.stage, graphs, found.experts, batch, context)[0]
 
 
 def main() -> None:

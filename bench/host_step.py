@@ -3,7 +3,7 @@
     PYTHONPATH=src:. python bench/host_step.py [--batch 64 256] [--context 1024] [--steps 300]
 
 There is no model: every draw is the same token. While the host does this the device of a member has nothing
-to do, so it is added to every step.
+to do, so it is added to every step, but where steps are launched ahead (`engine/ahead.py`).
 """
 
 from __future__ import annotations

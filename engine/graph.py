@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -121,12 +121,13 @@ class DecodeGraphs:
         return rows_of(len(parts)) is not None and all(len(p.ids) == 1 and p.draw for p in parts)
 
     def run(
-        self, micro_batches: Seq[MicroBatch | None], experts: Reached
+        self, micro_batches: Seq[MicroBatch | None], experts: Reached, known: Known | None = None
     ) -> list[tuple[Batch, Tensor, Tensor]] | None:
         """Run passes in which every sequence draws after one token.
 
         Args:
             micro_batches: those of this member; None where only others have rows.
+            known: where the ids of the only one are, which the host does not know.
 
         Returns:
             for each of its own, a pass with nothing to commit, streams `[T, C, D]` and logits `[T, V]`,
@@ -135,7 +136,8 @@ class DecodeGraphs:
         if not all(m is None or self.takes(m) for m in micro_batches):
             return None
         shapes = [(0, 0) if m is None else _shape(m) for m in micro_batches]
-        given = [self._put(i, m) if m else None for i, m in enumerate(micro_batches)]
+        assert known is None or len(micro_batches) == 1
+        given = [self._put(i, m, known) if m else None for i, m in enumerate(micro_batches)]
         key = (*shapes, experts.key)
         made = self.captures.run(key, experts.places, lambda: self._pass(given, experts))
         return [
@@ -144,13 +146,15 @@ class DecodeGraphs:
             if found is not None and m is not None
         ]
 
-    def _put(self, number: int, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _put(
+        self, number: int, micro_batch: MicroBatch, known: Known | None
+    ) -> tuple[Tensor, Tensor]:
         """Ids, positions and slots `[3, rows]`, and tables `[rows, width]`, where graphs read them."""
         rows, width = _shape(micro_batch)
         found = self._inputs.get((number, rows, width))
         if found is None:
             found = self._inputs[number, rows, width] = GraphInputs(rows, width, self.stage.device)
-        return found.put(micro_batch.parts)
+        return found.put(micro_batch.parts, known)
 
     def _pass(
         self, given: Seq[tuple[Tensor, Tensor] | None], experts: Reached
@@ -174,20 +178,31 @@ def _shape(micro_batch: MicroBatch) -> tuple[int, int]:
     return rows_of(len(parts)) or 0, width_of(max(len(p.blocks) for p in parts))
 
 
+class Known(NamedTuple):
+    """Ids that are on the device alone: part i's is `ids_N[rows[i]]`."""
+
+    ids_N: Tensor
+    rows: Seq[int]
+
+
 class GraphInputs:
     """What the graphs of one size read, on the device, and what of it is there already."""
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:
-        self._numbers = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        self._numbers = torch.zeros(4, rows, dtype=torch.int64, device=device)
         self._tables = torch.zeros(rows, width, dtype=torch.int32, device=device)
         self._host = np.zeros((rows, width), np.int32)
         self._written: list[tuple[int, ...]] = [()] * rows
 
-    def put(self, parts: tuple[Part, ...]) -> tuple[Tensor, Tensor]:
+    def put(self, parts: tuple[Part, ...], known: Known | None = None) -> tuple[Tensor, Tensor]:
         """Ids, positions and slots `[3, rows]` int64, and block tables `[rows, width]` int32."""
-        parts = (*parts, *(parts[:1] * (len(self._written) - len(parts))))
+        spare = len(self._written) - len(parts)
+        parts = (*parts, *(parts[:1] * spare))
         numbers = [[p.ids[0] for p in parts], [p.start for p in parts], [p.slot for p in parts]]
-        self._send(self._numbers, np.array(numbers))
+        come_from = [0] * len(parts) if known is None else [*known.rows, *([known.rows[0]] * spare)]
+        self._send(self._numbers, np.array([*numbers, come_from]))
+        if known is not None:
+            torch.index_select(known.ids_N, 0, self._numbers[3], out=self._numbers[0])
         # Few sequences get a block in a step, and a table is the same object until its own does.
         changed = [i for i, p in enumerate(parts) if p.blocks is not self._written[i]]
         for i in changed:
@@ -196,7 +211,7 @@ class GraphInputs:
             self._send(self._tables, self._host)
         for i in changed:
             self._written[i] = parts[i].blocks
-        return self._numbers, self._tables
+        return self._numbers[:3], self._tables
 
     def _send(self, to: Tensor, host: npt.NDArray[np.signedinteger]) -> None:
         to.copy_(sendable(torch.from_numpy(host), to.device), non_blocking=True)

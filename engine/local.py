@@ -17,9 +17,9 @@ from whalepod.cluster.local_fabric import LocalFabric, local_fabrics
 from whalepod.cluster.placement import Placement
 from whalepod.cluster.topology import seats_for
 from whalepod.config import Config
+from whalepod.engine.ahead import Ahead
 from whalepod.engine.experts import LocalExperts
 from whalepod.engine.member import Member
-from whalepod.engine.passes import run_alone
 from whalepod.engine.request import Request, TokenEvent
 from whalepod.engine.source import Source
 from whalepod.errors import EpochLost, WhalepodError
@@ -38,14 +38,15 @@ class SingleEngine:
         self._experts = LocalExperts(gates, table)
         assert self.member.loop is not None
         self.loop = self.member.loop
+        assert self.member.stage is not None
+        self.ahead = Ahead(self.loop, self.member.stage)
 
     def step(self) -> bool:
         """Run one step; False when there was nothing to do."""
-        plan = self.loop.plan(1)
+        plan = self.ahead.plan or self.loop.plan(1)
         if plan is None:
             return False
-        assert self.member.stage is not None
-        self.loop.finish(plan, *run_alone(self.member.stage, self._experts, plan))
+        self.ahead.step(self._experts, plan)
         return True
 
     def run(self, requests: Seq[Request]) -> Iterator[TokenEvent]:

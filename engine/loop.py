@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from whalepod.engine.admission import Limits, Pace
+from whalepod.engine.foresight import foresee
 from whalepod.engine.grammar import Grammars
 from whalepod.engine.held import Held
 from whalepod.engine.payoff import Payoff
@@ -35,7 +36,7 @@ class Counters:
     steps: int = 0
     tokens: int = 0
     generated: int = 0
-    repeated_steps: int = 0
+    foreseen: int = 0  # of the steps, how many were launched before the one before had been drawn
     drafted: int = 0
     accepted: int = 0
 
@@ -160,6 +161,14 @@ class EngineLoop:
         rows = sum(len(part.ids) for part in parts)
         return Plan(split(parts, min(micro_batches, rows // least_rows)), planned, running, drafts)
 
+    def foresee(self, plan: Plan) -> Plan | None:
+        """The step after `plan`, which is under way; None where something else is to be decided first."""
+        now = time.monotonic()
+        late = any(s.deadline is not None and now > s.deadline for s in self._timed.values())
+        if self._inbox or self.held.ready or late:
+            return None
+        return foresee(self.scheduler, plan)
+
     def finish(
         self,
         plan: Plan,
@@ -174,11 +183,11 @@ class EngineLoop:
             drafts: guesses at what comes after each slot's new tokens.
             told: in the order of the parts that tell of their prompts.
         """
-        before, emitted = self.counters.generated, plan.emitted(drawn)
+        before, emitted, here = self.counters.generated, plan.emitted(drawn), plan.here
         right = {slot: len(made) - 1 for slot, made in emitted.items() if len(made) > 1}
         self.counters.accepted += sum(right.values())
-        self.counters.drafted += sum(part.drafts for _, part in plan.planned)
-        self.scheduler.advance(plan.planned, right)
+        self.counters.drafted += sum(part.drafts for _, part in here)
+        self.scheduler.advance(here, right)
         telling = (p for m in plan.step.micro_batches for p in m.parts if p.tell is not None)
         for part, rows in zip(telling, told, strict=True):
             plan.by_slot[part.slot].learn(rows)
@@ -186,12 +195,12 @@ class EngineLoop:
             sequence = plan.by_slot[slot]
             sequence.drafts = list(drafts.get(slot, ())) if drafts else []
             self._accept(sequence, made)
-        for sequence in (s for s, part in plan.planned if part.draw is None and not s.pending):
+        for sequence in (s for s, part in here if part.draw is None and not s.pending):
             self._forget(sequence)
             self.emit(sequence.end())
         self.counters.steps += 1
-        self.counters.tokens += plan.step.tokens
-        prompts = sum(len(p.ids) for _, p in plan.planned if len(p.ids) > 1 + p.drafts)
+        self.counters.tokens += sum(len(part.ids) for _, part in here)
+        prompts = sum(len(p.ids) for _, p in here if len(p.ids) > 1 + p.drafts)
         self._measure(prompts)
         if not prompts:
             took, count = time.perf_counter() - plan.begun, self.counters.generated - before

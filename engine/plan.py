@@ -12,18 +12,29 @@ from whalepod.engine.step import Part, Step
 
 @dataclass(slots=True)
 class Plan:
-    """A step and the sequences behind its parts."""
+    """A step and the sequences behind its parts.
+
+    Args:
+        rows: of a step that was planned before the one before it had been drawn (`foresight`): which of that
+            one's draws is the id of each part.
+    """
 
     step: Step
     planned: list[tuple[Sequence, Part]]
     running: int = 0
     drafts: int = 0
+    rows: tuple[int, ...] = ()
     begun: float = field(default_factory=time.perf_counter)
     by_slot: dict[int, Sequence] = field(init=False)
 
     def __post_init__(self) -> None:
         """Index by slot."""
         self.by_slot = {part.slot: sequence for sequence, part in self.planned}
+
+    @property
+    def here(self) -> list[tuple[Sequence, Part]]:
+        """Those that have not ended since: of a step that was foreseen, some may have."""
+        return [(s, part) for s, part in self.planned if s.slot == part.slot]
 
     @property
     def verifies(self) -> bool:
@@ -46,5 +57,6 @@ class Plan:
                     got += [next(rest) for _ in range(part.drafts)]
                     got = got[: len(part.emitted([d.token for d in got]))]
                     self.by_slot[part.slot].tally.drafted = part.drafts
-                found[part.slot] = got
+                if self.by_slot[part.slot].slot == part.slot:
+                    found[part.slot] = got
         return found

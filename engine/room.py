@@ -113,16 +113,16 @@ class Room:
         self.prefixes.give_back(self._reserved)
 
     def keep(
-        self, sequence: Sequence, end: int, running: Seq[Sequence]
+        self, sequence: Sequence, start: int, end: int, running: Seq[Sequence]
     ) -> tuple[tuple[int, int], ...]:
-        """Snapshots to take in a part that ends at `end`.
+        """Snapshots to take in a part from `start` to `end`.
 
         One at its last block border, one where earlier sequences went on differently (others may
         do so again).
         """
         if not self._reuse:
             return ()
-        start, size = sequence.computed, self.block_tokens
+        size = self.block_tokens
         borders = {at for at in (end // size * size, sequence.branch) if start < at <= end}
         if not borders:
             return ()

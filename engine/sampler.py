@@ -16,7 +16,7 @@ from torch import Tensor
 from whalepod.engine.adjust import adjusted, constrained
 from whalepod.engine.grammar import Grammars
 from whalepod.engine.request import Sampling
-from whalepod.engine.upload import fetch, upload
+from whalepod.engine.upload import Coming, upload
 from whalepod.kernels import sample as kernels
 from whalepod.kernels.draw import best_tokens, ranked
 
@@ -143,9 +143,25 @@ def _mostly_on_device(
 
 
 def _on_device(logits_NV: Tensor, settings: Seq[Sampling], positions: Seq[int]) -> list[Drawn]:
-    rows = [settings_row(s, p) for s, p in zip(settings, positions, strict=True)]
-    numbers = upload(torch.tensor(rows, dtype=torch.float64), logits_NV.device)
-    return [Drawn(*d) for d in zip(*fetch(*kernels.sample(logits_NV, numbers)), strict=True)]
+    return Draws(logits_NV, settings, positions).take()
+
+
+class Draws:
+    """Draws by settings without `adjust` and `alternatives`, under way on the device of the logits.
+
+    Attributes:
+        tokens_N: `[N]` int64, on that device.
+    """
+
+    def __init__(self, logits_NV: Tensor, settings: Seq[Sampling], positions: Seq[int]) -> None:
+        rows = [settings_row(s, p) for s, p in zip(settings, positions, strict=True)]
+        numbers = upload(torch.tensor(rows, dtype=torch.float64), logits_NV.device)
+        self.tokens_N, logprobs_N = kernels.sample(logits_NV, numbers)
+        self._coming = Coming(self.tokens_N, logprobs_N)
+
+    def take(self) -> list[Drawn]:
+        """Wait for them."""
+        return [Drawn(*d) for d in zip(*self._coming.take(), strict=True)]
 
 
 def settings_row(settings: Sampling, position: int) -> tuple[float, float, float, float, float]:

@@ -53,6 +53,14 @@ class Scheduler:
         """Whether anything waits or runs."""
         return bool(self.waiting or self.running)
 
+    @property
+    def admits(self) -> bool:
+        """Whether the first that waits may be admitted now, if there are blocks for it."""
+        if not self.waiting:
+            return False
+        first = self.waiting[0].request.priority
+        return self.slots.free > 0 or any(s.request.priority > first for s in self.running)
+
     def fits(self, tokens: int) -> bool:
         """Whether a sequence of this length could ever run alone."""
         return self.room.blocks_for(tokens) <= self.blocks.size
@@ -135,7 +143,7 @@ class Scheduler:
             (request.sampling, end) if draws else None,
             len(drafts),
             sequence.restore,
-            self.room.keep(sequence, end + len(drafts), self.running),
+            self.room.keep(sequence, start, end + len(drafts), self.running),
             sequence.history() if draws and request.sampling.adjust is not None else None,
             sequence.tell(end) if request.prompt_logprobs is not None else None,
         )
@@ -177,11 +185,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Admit who waits, in order, while there is room. Nobody is overtaken."""
-        while self.waiting:
+        while self.admits:
             sequence = self.waiting[0]
-            urgent = any(s.request.priority > sequence.request.priority for s in self.running)
-            if not self.slots.free and not urgent:
-                return
             path, known = self.room.match(sequence)
             wanted = self.room.blocks_for(len(sequence.tokens)) - known
             self.prefixes.hold(path[:known])

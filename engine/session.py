@@ -15,6 +15,7 @@ from torch import Tensor
 
 from whalepod.cluster.fabric import Fabric
 from whalepod.config import Topology
+from whalepod.engine.ahead import Ahead
 from whalepod.engine.announce import Announcer
 from whalepod.engine.attention import AttentionStage
 from whalepod.engine.expert import ExpertShard
@@ -37,7 +38,7 @@ from whalepod.engine.legs import (
 )
 from whalepod.engine.loop import EngineLoop
 from whalepod.engine.outcome import outcome
-from whalepod.engine.passes import keep, restore, run_alone, run_fixed, settle
+from whalepod.engine.passes import keep, restore, run_fixed, settle
 from whalepod.engine.plan import Plan
 from whalepod.engine.prompt import PromptLogprobs
 from whalepod.engine.router import Router
@@ -106,6 +107,7 @@ class FirstStage:
         least = _LEAST_ROWS_GPU if stage.device.type == "cuda" else _LEAST_ROWS_CPU
         self._least_rows = topology.micro_batch_rows or least
         self._wide = 0  # steps in which shards shall have room for every output
+        self._ahead = Ahead(loop, stage)
 
     def serve(self, seat: Seat, stop: threading.Event) -> None:
         """Run steps; returns when the lead has announced the stop. Raises EpochLost."""
@@ -113,6 +115,7 @@ class FirstStage:
         leads = seat.fabric.rank == seat.lanes.lead
         others_busy, plan = False, None
         self._wide = 0
+        self._ahead.drop()  # of an epoch that was broken off
 
         def mine() -> Announcement:
             nonlocal plan
@@ -120,12 +123,13 @@ class FirstStage:
                 return Announcement(stop=True)
             # Alone, there is nothing to wait for that another batch could fill.
             most = 1 if seat.fabric.size == 1 else self.topology.micro_batches
-            plan = self.loop.plan(most, self._least_rows)
+            plan = self._ahead.plan or self.loop.plan(most, self._least_rows)
             return _announce(plan, seat.fixed is not None, self._wide > 0)
 
         while True:
             plan = None
-            if leads and not (others_busy or self.loop.busy or stop.is_set()):
+            under_way = self._ahead.plan is not None
+            if leads and not (others_busy or under_way or self.loop.busy or stop.is_set()):
                 self.loop.wake.wait(self.keepalive_s)
             self.loop.wake.clear()
             announced = announcer.exchange(mine)
@@ -156,7 +160,7 @@ class FirstStage:
     def _step(self, seat: Seat, announced: dict[int, Announcement], plan: Plan | None) -> None:
         experts, step = seat.experts(self.stage, announced), plan.step if plan else Step(())
         if plan is not None and isinstance(experts, LocalExperts):
-            self.loop.finish(plan, *run_alone(self.stage, experts, plan))
+            self._ahead.step(experts, plan)
             return
         tokens = self.stage.cache.block_tokens
         batches = [m.batch(tokens, self.stage.device) for m in step.micro_batches]

@@ -20,8 +20,26 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     return sendable(host, device).to(device, non_blocking=True)
 
 
-def fetch(ids_N: Tensor, values_N: Tensor) -> tuple[list[int], list[float]]:
-    """Whole numbers (int64) and fp32 ones of a device, in one copy; waits for them."""
-    both = torch.cat([ids_N.view(torch.int32), values_N.view(torch.int32)]).cpu()
-    ids, values = both.split([2 * len(ids_N), len(values_N)])
-    return ids.view(torch.int64).tolist(), values.view(torch.float32).tolist()
+class Coming:
+    """Whole numbers (int64) and fp32 ones of a device, on their way here in one copy.
+
+    What is launched after this is not waited for.
+    """
+
+    def __init__(self, ids_N: Tensor, values_N: Tensor) -> None:
+        both = torch.cat([ids_N.view(torch.int32), values_N.view(torch.int32)])
+        self._split = 2 * len(ids_N)
+        self._there: torch.cuda.Event | None = None
+        self._host = both
+        if both.device.type == "cuda":
+            self._host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+            self._host.copy_(both, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def take(self) -> tuple[list[int], list[float]]:
+        """Wait for them."""
+        if self._there is not None:
+            self._there.synchronize()
+        ids, values = self._host[: self._split], self._host[self._split :]
+        return ids.view(torch.int64).tolist(), values.view(torch.float32).tolist()

@@ -6,7 +6,7 @@ from random import Random
 
 import torch
 
-from whalepod.engine.graph import GraphInputs
+from whalepod.engine.graph import GraphInputs, Known
 from whalepod.engine.request import Sampling
 from whalepod.engine.step import Part
 
@@ -26,3 +26,13 @@ def test_graphs_read_what_the_parts_say() -> None:
         for row, part in enumerate([*parts, *parts[:1] * (6 - len(parts))]):
             assert numbers[:, row].tolist() == [part.ids[0], part.start, part.slot]
             assert found[row, : len(part.blocks)].tolist() == list(part.blocks)
+
+
+def test_ids_that_the_device_alone_knows() -> None:
+    inputs, ids = GraphInputs(6, 8, torch.device("cpu")), torch.tensor([70, 71, 72, 73])
+    parts = tuple(Part(slot, 9, (0,), (slot,), (Sampling(), 10)) for slot in (4, 2, 5))
+    numbers, _ = inputs.put(parts, Known(ids, (3, 0, 1)))
+    assert numbers[0].tolist() == [73, 70, 71, 73, 73, 73]
+    assert numbers[2].tolist() == [4, 2, 5, 4, 4, 4]
+    numbers, _ = inputs.put(parts)
+    assert numbers[0].tolist() == [0] * 6

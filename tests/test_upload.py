@@ -9,7 +9,7 @@ import torch
 
 from whalepod.engine.request import Sampling
 from whalepod.engine.sampler import _draw_all, _on_device
-from whalepod.engine.upload import fetch, upload
+from whalepod.engine.upload import Coming, upload
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -26,10 +26,10 @@ def test_every_bit_comes_back(device: torch.device) -> None:
     values = [0.1, -0.0, math.inf, -math.inf, math.nan]
     there = upload(torch.tensor(ids), device), upload(torch.tensor(values), device)
     assert there[0].device.type == device.type
-    got_ids, got_values = fetch(*there)
+    got_ids, got_values = Coming(*there).take()
     assert got_ids == ids
     assert torch.equal(torch.tensor(got_values).view(torch.int32), torch.tensor(values).view(torch.int32))  # fmt: skip
-    assert fetch(there[0][:0], there[1][:0]) == ([], [])
+    assert Coming(there[0][:0], there[1][:0]).take() == ([], [])
 
 
 def test_what_is_sent_may_change_afterwards(device: torch.device) -> None:
