@@ -6,11 +6,12 @@
 
 Weights are random, in the released format, with all experts, the embedding and the head. Gates are
 balanced by their biases, as training leaves them, or as random weights make them. Contexts are
-not prefilled: rings and pools hold random values, which costs a step the same. "graph" is the device's part
-alone; "step" all that a member does for one, which launches it while the last is under way, and "one by one" if
-it did not. The floor is the bytes
-of a step over the rate of a device copy: every weight outside the experts, the experts that the
-step's tokens chose, the keys that are scored and attended to, the head.
+not prefilled: rings and pools hold random values, which costs a step the same.
+
+"graph" is the device's part of a step alone; "step" all that a member does for one, which it launches while
+the last is under way; "one by one" the same if it did not. The floor is the bytes of a step over the rate of a
+device copy: every weight outside the experts, the experts that the step's tokens chose, the keys that are
+scored and attended to, the head.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from whalepod.engine.sampler import Drawn, Draws, sample
 
 
 class _Drawn:
-    """As `Draws`, done already: where there is no kernel that draws on the device."""
+    """As `Draws`, done already. On a CPU all draws are `sample`'s, so that log-probabilities keep their bits."""
 
     def __init__(self, logits_NV: Tensor, settings: Seq[Sampling], positions: Seq[int]) -> None:
         self._drawn = sample(logits_NV, settings, positions)

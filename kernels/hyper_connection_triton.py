@@ -198,8 +198,8 @@ def _mix(
     mix_kernel[(tiles, splits) if SWAP else (splits, tiles)](
         f, more, x, post, comb, out, fn, parts, tokens,
         D=width, N=0 if fn is None else fn.shape[0], SPLITS=splits,
-        TOP=0 if f is None else f.shape[1] if f.dim() == 3 else 1, PROJECT=fn is not None, EXACT=INTERPRETED or x.dtype == torch.float32, CUTS=INTERPRETED,
-        TOKENS=TOKENS, COLS=COLS, REPEAT=repeat, SWAP=SWAP, AHEAD=repeat > 1 or tiles == 1,
+        TOP=0 if f is None else f.shape[1] if f.dim() == 3 else 1, PROJECT=fn is not None,
+        EXACT=INTERPRETED or x.dtype == torch.float32, CUTS=INTERPRETED, TOKENS=TOKENS, COLS=COLS, REPEAT=repeat, SWAP=SWAP, AHEAD=repeat > 1 or tiles == 1,
         num_warps=WARPS, **FIXED, **early(),
     )  # fmt: skip
 

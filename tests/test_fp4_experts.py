@@ -143,9 +143,8 @@ def test_scales_above_two_are_exact() -> None:
 def test_one_token_alone_has_the_bits_it_has_in_company() -> None:
     w13, w2 = stacks()
     x, experts, weights = inputs(3)
-    experts[0] = torch.tensor(
-        [HELD[1], 1, HELD[1]]
-    )  # twice the same, which is held, and an absent one
+    # Twice the same, which is held, and an absent one; then ids outside the model.
+    experts[0] = torch.tensor([HELD[1], 1, HELD[1]])
     experts[1] = torch.tensor([-1, E + 3, HELD[2]])
     together = fp4_experts(x, experts, weights, slots(), w13, w2, LIMIT)
     for t in range(3):
