@@ -12,7 +12,7 @@ CUDA_ARGS := --build-arg BASE_IMAGE=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.0
 	--build-arg RUNTIME_PACKAGES="gcc libc6-dev python3-dev"
 IMAGE_ARGS ?= $(if $(CUDA),$(CUDA_ARGS))
 export OMP_NUM_THREADS ?= 1
-# How many processes run the slow tests that need no cluster.
+# How many processes run the slow tests, the interpreter's and the chart's, which need no cluster.
 JOBS ?= 2
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
 
@@ -45,7 +45,7 @@ test-ray: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m ray
 
 test-triton: $(VENV)/ready  ## the Triton kernels in Triton's interpreter; no GPU needed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m triton
 
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m "gpu or triton"
@@ -60,7 +60,7 @@ $(VENV)/helm-ready: $(VENV)/ready tests/chart/tools.py
 	@touch $@
 
 test-helm: $(VENV)/helm-ready  ## the chart: lint, golden renders, schemas, refusals, scripts
-	$(BIN)/python -m pytest -q -m helm
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m helm
 
 # In network, process and mount spaces that end with the command, so nothing is left on the machine.
 APART := unshare --net --mount --pid --fork --kill-child --mount-proc

@@ -83,7 +83,7 @@ def prompts(*lengths: int, tokens: int = 12) -> list[Request]:
     for i, length in enumerate(lengths):
         ids = torch.randint(3, 900, (length,), generator=generator).tolist()
         sampling = Sampling(0.8, 0.9, 40, seed=i) if i % 2 else Sampling(0.0)
-        made.append(Request(f"r{i}", tuple(ids), tokens + 5 * i, sampling, ignore_eos=True))
+        made.append(Request(f"r{i}", tuple(ids), tokens + 2 * i, sampling, ignore_eos=True))
     return made
 
 
@@ -114,7 +114,7 @@ def test_who_stops_is_left_out_of_the_step_that_was_launched_already(tiny: Path)
 
 
 def test_somebody_comes_and_somebody_goes(tiny: Path) -> None:
-    todo = prompts(3, 40, 17, 130, tokens=30)
+    todo = prompts(3, 40, 17, 130, tokens=18)
     alone = output(drive(opened(tiny, ahead=False), todo))
     began: list[int] = []
 
@@ -135,8 +135,8 @@ def test_somebody_comes_and_somebody_goes(tiny: Path) -> None:
 
 
 def test_deadlines_are_kept(tiny: Path) -> None:
-    todo = prompts(3, 40, tokens=60)
-    todo[0] = replace(todo[0], timeout_s=0.4)
+    todo = prompts(3, 40, tokens=40)
+    todo[0] = replace(todo[0], timeout_s=0.25)
     events = drive(opened(tiny), todo, lambda *_: time.sleep(0.01))
     assert [e.finish for e in events if e.request_id == "r0"][-1] == "deadline"
     assert [e.finish for e in events if e.request_id == "r1"][-1] == "length"
@@ -151,7 +151,7 @@ def test_few_blocks_are_not_taken_from_anybody_for_it(tiny: Path) -> None:
 
 
 def test_snapshots_at_the_borders_of_blocks(tiny: Path) -> None:
-    todo = prompts(120, 100, tokens=50)
+    todo = prompts(120, 100, tokens=30)
     engine = opened(tiny)
     first = output(drive(engine, todo))
     engine.events.clear()
@@ -187,7 +187,7 @@ def test_what_is_dropped_is_drawn_again_alike(tiny: Path) -> None:
 
 
 def test_an_epoch_ends_while_a_step_is_under_way(tiny: Path) -> None:
-    todo = prompts(3, 40, 17, tokens=40)
+    todo = prompts(3, 40, 17, tokens=24)
     want = output(drive(opened(tiny, ahead=False), todo))
     config = settings(tiny)
     engine = ThreadedEngine(config, Source(config.model, Checkpoint.open(tiny), packed=True))
