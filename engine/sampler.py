@@ -156,7 +156,8 @@ class Draws:
     def __init__(self, logits_NV: Tensor, settings: Seq[Sampling], positions: Seq[int]) -> None:
         rows = [settings_row(s, p) for s, p in zip(settings, positions, strict=True)]
         numbers = upload(torch.tensor(rows, dtype=torch.float64), logits_NV.device)
-        self.tokens_N, logprobs_N = kernels.sample(logits_NV, numbers)
+        filtered = any(s.top_k or s.top_p < 1 for s in settings)
+        self.tokens_N, logprobs_N = kernels.sample(logits_NV, numbers, filtered)
         self._coming = Coming(self.tokens_N, logprobs_N)
 
     def take(self) -> list[Drawn]:
@@ -179,6 +180,6 @@ def settings_row(settings: Sampling, position: int) -> tuple[float, float, float
 def draw(logits_V: Tensor, settings: Sampling, position: int) -> int:
     """Draw from one row: temperature, then min-p, top-k, top-p, then inverse transform.
 
-    Candidates are taken in the order of (-logit, id), in fp64, so equal logits give equal tokens.
+    In fp64; equal logits give equal tokens (`kernels.sample`).
     """
     return kernels.draw_row(logits_V, *settings_row(settings, position))

@@ -17,15 +17,17 @@ TEMPERATURE, TOP_K, TOP_P, LOG_MIN_P, UNIFORM = range(5)
 
 
 @Kernel
-def sample(logits_NV: Tensor, settings_N5: Tensor) -> tuple[Tensor, Tensor]:
+def sample(logits_NV: Tensor, settings_N5: Tensor, filtered: bool = True) -> tuple[Tensor, Tensor]:
     """Draw one token a row.
 
-    Candidates are taken in the order of (-logit, id), so equal logits give equal tokens.
+    Filters keep candidates in the order of (-logit, id); the number falls on one of those that are kept,
+    side by side in the order of their ids. Equal logits give equal tokens.
 
     Args:
         logits_NV: `[N, V]` fp32, no NaN, at least one finite a row.
         settings_N5: `[N, 5]` fp64: temperature (0 is greedy, ties to the lowest id); top-k (0: all);
             top-p; logarithm of min-p (-inf: none); a number in `[0, 1)` that decides.
+        filtered: False where no row has top-k or top-p, which saves a look at all logits.
 
     Returns:
         tokens `[N]` int64, and their log-probabilities under the unmodified logits `[N]` fp32. The
@@ -54,22 +56,27 @@ def draw_row(
     """Draw from one row, in fp64."""
     if temperature == 0:
         return int(logits_V.argmax())
-    ids = ranked(logits_V)
-    ordered = logits_V[ids].double() / temperature
+    scaled, ids = logits_V.double() / temperature, None
+    if top_k or top_p < 1:
+        ids = ranked(logits_V)
+        scaled = scaled[ids]
     if log_min_p > float("-inf"):
         # Probabilities of at least min_p times the best one's; the best is always among them.
-        keep = int((ordered >= ordered[0] + log_min_p).sum())
-        ordered, ids = ordered[:keep], ids[:keep]
+        scaled = scaled.masked_fill(scaled < scaled.max() + log_min_p, float("-inf"))
     if top_k:
-        ordered, ids = ordered[: int(top_k)], ids[: int(top_k)]
-    cumulative = torch.softmax(ordered, dim=0).cumsum(0)
+        scaled = scaled[: int(top_k)]
+    chances = torch.softmax(scaled, dim=0)
     if top_p < 1:
         # Keep the smallest head whose mass reaches top_p; it always holds the best candidate.
-        keep = int((cumulative < top_p).sum()) + 1
-        cumulative = cumulative[:keep]
+        chances = chances[: int((chances.cumsum(0) < top_p).sum()) + 1]
+    if ids is not None:
+        ids, order = ids[: len(chances)].sort()
+        chances = chances[order]
+    cumulative = chances.cumsum(0)
     target = uniform * cumulative[-1].item()
     place = int(torch.searchsorted(cumulative, target, right=True))
-    return int(ids[min(place, len(cumulative) - 1)])
+    place = min(place, int(chances.nonzero()[-1]))
+    return place if ids is None else int(ids[place])
 
 
 from whalepod.kernels import sample_triton as _twins  # noqa: E402

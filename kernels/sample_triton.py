@@ -1,9 +1,10 @@
 """Triton source of `sample`: quantiles by bisection instead of a sort.
 
-Four launches. `scan` finds the best logit of each slice of a row; `weigh` counts and weighs what
-lies within steps of the best one; `collect` copies the candidates that the filters need looked at;
-`choose` bisects among them for the k-th one, for top-p's last and for the drawn one. Weights are whole
-numbers, so their sums are exact in any order, and a row's token does not depend on the other rows.
+Four launches. `scan` finds the best logit of each slice of a row; `weigh` weighs the candidates of each
+slice; `choose` finds the slice and in it the token that the number falls on. Where top-k or top-p filter,
+`weigh` also tells candidates by steps from the best one, `collect` copies those that may be kept, and
+`choose` bisects among them for the k-th one and for top-p's last. Weights are whole numbers, so their sums
+are exact in any order, and a row's token does not depend on the other rows.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.jit import jit, tl, triton
+from whalepod.kernels.quantile_triton import quantile
 
 # Elements of a slice; candidates held in registers; rows at once, which bounds the memory they take.
 SLICE, TILE, ROWS = 4096, 4096, 64
@@ -59,19 +61,28 @@ def scan_kernel(logits, best, where, total, V: tl.constexpr, S: tl.constexpr, SL
 
 
 @jit
+def _filtered(settings, n):
+    """Whether top-k or top-p may keep some candidates and not others."""
+    return (tl.load(settings + n * 5 + 1) > 0) | (tl.load(settings + n * 5 + 2) < 1.0)
+
+
+@jit
 def weigh_kernel(
     logits, best, settings, counts, masses, V: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
     SLICE: tl.constexpr, BEST: tl.constexpr, BUCKETS: tl.constexpr,
 ):  # fmt: skip
-    """Candidates of a slice by their distance from the best, and their weights."""
+    """Weight of a slice's candidates; if the row is filtered by their distance from the best, and counted."""
     n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if tl.load(settings + n * 5) > 0:
         _, _, weight, bucket, real = _scaled(logits, n, part, best, settings, V, SLICE, BEST, S, SP)
-        bucket = tl.where(real, bucket, BUCKETS)
         at = (n * S + part) * BUCKETS
-        for b in range(BUCKETS):
-            tl.store(counts + at + b, tl.sum((bucket == b).to(tl.int32)))
-            tl.store(masses + at + b, tl.sum(tl.where(bucket == b, weight, 0)))
+        if _filtered(settings, n):
+            bucket = tl.where(real, bucket, BUCKETS)
+            for b in range(BUCKETS):
+                tl.store(counts + at + b, tl.sum((bucket == b).to(tl.int32)))
+                tl.store(masses + at + b, tl.sum(tl.where(bucket == b, weight, 0)))
+        else:
+            tl.store(masses + at, tl.sum(tl.where(real, weight, 0)))
 
 
 @jit
@@ -89,25 +100,18 @@ def _drawn(uniform, total):
 
 @jit
 def _bracket(counts, masses, settings, n, S: tl.constexpr, SP: tl.constexpr, BUCKETS: tl.constexpr):
-    """First and last bucket to look at, weight above them, how many lie in them, whether k limits."""
+    """Last bucket to look at, how many lie in it and above, weight of all, whether k limits."""
     s, b = tl.arange(0, SP), tl.arange(0, BUCKETS)
     at = (n * S + s)[:, None] * BUCKETS + b[None, :]
     count = tl.sum(tl.load(counts + at, mask=(s < S)[:, None], other=0), 0)
     mass = tl.sum(tl.load(masses + at, mask=(s < S)[:, None], other=0), 0)
     total, kept = tl.sum(mass), tl.sum(count)
-    k = tl.load(settings + n * 5 + 1).to(tl.int32)
-    p, u = tl.load(settings + n * 5 + 2), tl.load(settings + n * 5 + 4)
+    k, p = tl.load(settings + n * 5 + 1).to(tl.int32), tl.load(settings + n * 5 + 2)
     limited = (k > 0) & (k < kept)
-    heads, weights = tl.cumsum(count, 0), tl.cumsum(mass, 0)
-    at_k = tl.sum((heads < k).to(tl.int32))
-    at_p = tl.sum((weights < _needed(p, total)).to(tl.int32))
-    at_u = tl.sum((weights < _drawn(u, total)).to(tl.int32))
-    whole = limited | (p < 1.0)
-    last = tl.where(limited, at_k, tl.where(p < 1.0, at_p, at_u))
-    first = tl.where(whole, 0, at_u)
-    inside = (b >= first) & (b <= last)
-    above = tl.sum(tl.where(b < first, mass, 0))
-    return first, last, above, tl.sum(tl.where(inside, count, 0)), total, limited
+    at_k = tl.sum((tl.cumsum(count, 0) < k).to(tl.int32))
+    at_p = tl.sum((tl.cumsum(mass, 0) < _needed(p, total)).to(tl.int32))
+    last = tl.where(limited, at_k, tl.where(p < 1.0, at_p, BUCKETS))
+    return last, tl.sum(tl.where(b <= last, count, 0)), total, limited
 
 
 @jit
@@ -115,15 +119,15 @@ def collect_kernel(
     logits, best, settings, counts, masses, keys, weights, ids, V: tl.constexpr, S: tl.constexpr,
     SP: tl.constexpr, SLICE: tl.constexpr, BEST: tl.constexpr, BUCKETS: tl.constexpr,
 ):  # fmt: skip
-    """Copy the candidates to look at, in the order of their ids."""
+    """Copy the candidates of a filtered row that may be kept, in the order of their ids."""
     n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if tl.load(settings + n * 5) > 0:
-        first, last, _, _, _, _ = _bracket(counts, masses, settings, n, S, SP, BUCKETS)
+    if (tl.load(settings + n * 5) > 0) & _filtered(settings, n):
+        last, _, _, _ = _bracket(counts, masses, settings, n, S, SP, BUCKETS)
         x, v, weight, bucket, real = _scaled(logits, n, part, best, settings, V, SLICE, BEST, S, SP)
         s, b = tl.arange(0, SP), tl.arange(0, BUCKETS)
-        before = (s < part)[:, None] & ((b >= first) & (b <= last))[None, :]
+        before = (s < part)[:, None] & (b <= last)[None, :]
         found = tl.load(counts + (n * S + s)[:, None] * BUCKETS + b[None, :], mask=before, other=0)
-        taken = real & (bucket >= first) & (bucket <= last)
+        taken = real & (bucket <= last)
         at = n * V + tl.sum(found) + tl.cumsum(taken.to(tl.int32), 0) - 1
         bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
         tl.store(keys + at, bits ^ ((bits >> 31) & 0x7FFFFFFF), mask=taken)
@@ -132,154 +136,133 @@ def collect_kernel(
 
 
 @jit
-def _added(key, weight, mid, COUNT: tl.constexpr):
-    return tl.where(key >= mid.to(tl.int32), 1 if COUNT else weight, 0).to(tl.int64)
+def _plain_token(
+    logits, best, settings, masses, n, V: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+    SLICE: tl.constexpr, BEST: tl.constexpr, BUCKETS: tl.constexpr,
+):  # fmt: skip
+    """The token that the number falls on, all candidates one after the other by id."""
+    s = tl.arange(0, SP)
+    mass = tl.load(masses + (n * S + s) * BUCKETS, mask=s < S, other=0)
+    ends = tl.cumsum(mass, 0)
+    need = _drawn(tl.load(settings + n * 5 + 4), tl.sum(mass))
+    part = tl.sum((ends < need).to(tl.int32))
+    need -= tl.sum(tl.where(s < part, mass, 0))
+    _, _, weight, _, real = _scaled(logits, n, part, best, settings, V, SLICE, BEST, S, SP)
+    ends = tl.cumsum(tl.where(real, weight, 0), 0)
+    return part * SLICE + tl.sum((ends < need).to(tl.int32))
 
 
 @jit
-def _from(a, b, c, key, weight, keys, weights, length, COUNT: tl.constexpr, TILE: tl.constexpr):
-    """Weight (or number) of the candidates from each of three keys on; one tile is in registers."""
-    in_a, in_b = _added(key, weight, a, COUNT), _added(key, weight, b, COUNT)
-    in_c = _added(key, weight, c, COUNT)
-    for start in tl.range(TILE, length, TILE, loop_unroll_factor=2):
-        i = start + tl.arange(0, TILE)
-        key = tl.load(keys + i, mask=i < length, other=-(2**31))
-        if not COUNT:
-            weight = tl.load(weights + i, mask=i < length, other=0)
-        in_a += _added(key, weight, a, COUNT)
-        in_b += _added(key, weight, b, COUNT)
-        in_c += _added(key, weight, c, COUNT)
-    return tl.sum(in_a), tl.sum(in_b), tl.sum(in_c)
+def _kept(start, i, length, low, rank, ties, keys, weights):
+    """Weights of a tile's candidates that are kept, and how many ties of the last key are seen with it."""
+    j = start + i
+    key = tl.load(keys + j, mask=j < length, other=-(2**31))
+    tie = (key == low.to(tl.int32)) & (j < length)
+    order = ties + tl.cumsum(tie.to(tl.int32), 0)
+    keep = ((key > low.to(tl.int32)) & (j < length)) | (tie & (order <= rank))
+    weight = tl.load(weights + j, mask=keep, other=0)
+    return weight, ties + tl.sum(tie.to(tl.int32))
 
 
 @jit
-def _quantile(need, low, high, key, weight, keys, weights, length, COUNT: tl.constexpr,
-              TILE: tl.constexpr):  # fmt: skip
-    """Largest key such that it and what is above reaches `need`; how many of its ties that takes.
-
-    From `low` on it is reached, from `high` on not. Also returns the weight that is taken then.
-    """
-    while high - low > 1:
-        step = tl.maximum((high - low) // 4, 1)
-        a, b, c = low + step, low + 2 * step, low + 3 * step
-        from_a, from_b, from_c = _from(a, b, c, key, weight, keys, weights, length, COUNT, TILE)
-        low = tl.where(
-            from_c >= need, c, tl.where(from_b >= need, b, tl.where(from_a >= need, a, low))
+def _filtered_token(
+    settings, counts, masses, keys, weights, ids, top, n, S: tl.constexpr, SP: tl.constexpr,
+    BUCKETS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The token that the number falls on among those that the filters keep, by id."""
+    _last, length, total, limited = _bracket(counts, masses, settings, n, S, SP, BUCKETS)
+    i = tl.arange(0, TILE)
+    key = tl.load(keys + i, mask=i < length, other=-(2**31))
+    weight = tl.load(weights + i, mask=i < length, other=0)
+    low = tl.full((), 2**31 - 1, tl.int64)
+    for start in tl.range(0, length, TILE, loop_unroll_factor=2):
+        near = tl.load(keys + start + i, mask=start + i < length, other=2**31 - 1)
+        low = tl.minimum(low, tl.min(near).to(tl.int64))
+    bits = (top + 0.0).to(tl.int32, bitcast=True)
+    high = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 1
+    rank = tl.full((), 2**31 - 1, tl.int64)  # without a filter every tie is kept
+    if limited:
+        k = tl.load(settings + n * 5 + 1).to(tl.int64)
+        low, rank, total = quantile(k, low, high, key, weight, keys, weights, length, True, TILE)
+    p = tl.load(settings + n * 5 + 2)
+    if p < 1.0:
+        need = _needed(p, total)
+        low, rank, total = quantile(
+            need, low, high, key, weight, keys, weights, length, False, TILE
         )
-        bound = tl.where(from_b >= need, c, tl.where(from_a >= need, b, a))
-        high = tl.minimum(high, tl.where(from_c >= need, high, bound))
-    numbers, above, _c = _from(
-        low, low + 1, low + 1, key, weight, keys, weights, length, True, TILE
-    )
-    mass, mass_above, _c = _from(
-        low, low + 1, low + 1, key, weight, keys, weights, length, False, TILE
-    )
-    ties = numbers - above
-    each = (mass - mass_above) // tl.maximum(ties, 1)
-    taken = need - above if COUNT else (need - mass_above + each - 1) // tl.maximum(each, 1)
-    return low, taken, mass_above + taken * each
+    need = _drawn(tl.load(settings + n * 5 + 4), total)
+    ties, before, place = tl.full((), 0, tl.int32), tl.full((), 0, tl.int64), length
+    for start in range(0, length, TILE):
+        weight, ties = _kept(start, i, length, low, rank, ties, keys, weights)
+        ends = before + tl.cumsum(weight, 0)
+        reached = (ends >= need) & (start + i < length)
+        place = tl.minimum(place, tl.min(tl.where(reached, start + i, length)))
+        before += tl.sum(weight)
+    return tl.load(ids + place)
 
 
 @jit
 def choose_kernel(
     logits, settings, best, where, totals, counts, masses, keys, weights, ids, tokens, logprobs,
-    V: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, BUCKETS: tl.constexpr, TILE: tl.constexpr,
+    V: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SLICE: tl.constexpr, BEST: tl.constexpr,
+    BUCKETS: tl.constexpr, TILE: tl.constexpr, FILTERED: tl.constexpr,
 ):  # fmt: skip
-    """One row's token and its log-probability."""
+    """One row's token and its log-probability; without FILTERED no row has top-k or top-p."""
     n, s = tl.program_id(0).to(tl.int64), tl.arange(0, SP)
     tops = tl.load(best + n * S + s, mask=s < S, other=float("-inf"))
     top = tl.max(tops)
     sums = tl.load(totals + n * S + s, mask=s < S, other=0.0) * tl.exp(tops - top)
     token = tl.min(tl.where(tops == top, tl.load(where + n * S + s, mask=s < S, other=V), V))
     if tl.load(settings + n * 5) > 0:
-        _first, _last, above, length, total, limited = _bracket(
-            counts, masses, settings, n, S, SP, BUCKETS
-        )
-        keys += n * V
-        weights += n * V
-        i = tl.arange(0, TILE)
-        key = tl.load(keys + i, mask=i < length, other=-(2**31))
-        weight = tl.load(weights + i, mask=i < length, other=0)
-        low = tl.full((), 2**31 - 1, tl.int64)
-        for start in tl.range(0, length, TILE, loop_unroll_factor=2):
-            near = tl.load(keys + start + i, mask=start + i < length, other=2**31 - 1)
-            low = tl.minimum(low, tl.min(near).to(tl.int64))
-        bits = (top + 0.0).to(tl.int32, bitcast=True)
-        high = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 1
-        rank = tl.full((), 0, tl.int64)
-        if limited:
-            k = tl.load(settings + n * 5 + 1).to(tl.int64)
-            low, rank, total = _quantile(
-                k, low, high, key, weight, keys, weights, length, True, TILE
-            )
-        p = tl.load(settings + n * 5 + 2)
-        if p < 1.0:
-            need = _needed(p, total)
-            low, rank, total = _quantile(
-                need, low, high, key, weight, keys, weights, length, False, TILE
-            )
-        need = _drawn(tl.load(settings + n * 5 + 4), total) - above
-        at, rank, total = _quantile(
-            need, low, high, key, weight, keys, weights, length, False, TILE
-        )
-        seen = tl.full((), 0, tl.int32)
-        for start in range(0, length, TILE):
-            j = start + i
-            same = (tl.load(keys + j, mask=j < length, other=0) == at.to(tl.int32)) & (j < length)
-            order = seen + tl.cumsum(same.to(tl.int32), 0)
-            hit = same & (order == rank)
-            token += tl.sum(tl.where(hit, tl.load(ids + n * V + j, mask=hit, other=0) - token, 0))
-            seen += tl.sum(same.to(tl.int32))
+        if FILTERED:
+            if _filtered(settings, n):
+                token = _filtered_token(
+                    settings, counts, masses, keys + n * V, weights + n * V, ids + n * V, top, n, S,
+                    SP, BUCKETS, TILE,
+                )  # fmt: skip
+            else:
+                token = _plain_token(
+                    logits, best, settings, masses, n, V, S, SP, SLICE, BEST, BUCKETS
+                )
+        else:
+            token = _plain_token(logits, best, settings, masses, n, V, S, SP, SLICE, BEST, BUCKETS)
     tl.store(tokens + n, token.to(tl.int64))
     tl.store(logprobs + n, tl.load(logits + n * V + token) - (top + tl.log(tl.sum(sums))))
 
 
-def sample(logits_NV: Tensor, settings_N5: Tensor) -> tuple[Tensor, Tensor]:
+def sample(logits_NV: Tensor, settings_N5: Tensor, filtered: bool = True) -> tuple[Tensor, Tensor]:
     """Twin of `kernels.sample.sample`."""
-    count = len(logits_NV)
+    count, size = logits_NV.shape
     logits, settings = logits_NV.contiguous(), settings_N5.contiguous()
-    tokens = torch.empty(count, dtype=torch.int64, device=logits.device)
-    logprobs = torch.empty(count, dtype=torch.float32, device=logits.device)
-    for first in range(0, count, ROWS):
-        some = slice(first, first + ROWS)
-        _some(logits[some], settings[some], tokens[some], logprobs[some])
-    return tokens, logprobs
-
-
-def _some(logits: Tensor, settings: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
-    """Up to ROWS rows."""
-    (count, size), device = logits.shape, logits.device
     slices = triton.cdiv(size, SLICE)
-    bounds = {"V": size, "S": slices}
-    powers = {"SP": max(2, triton.next_power_of_2(slices)), "BUCKETS": _BUCKETS}
-    scale = {"SLICE": SLICE, "BEST": 2.0 ** (62 - size.bit_length())}
 
     def new(kind: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty(count, *shape, dtype=kind, device=device)
+        return torch.empty(*shape, dtype=kind, device=logits.device)
 
-    best, totals = new(torch.float32, slices), new(torch.float32, slices)
-    where, tally = new(torch.int32, slices), new(torch.int32, slices, _BUCKETS)
-    masses = new(torch.int64, slices, _BUCKETS)
-    keys, weights, ids = new(torch.int32, size), new(torch.int64, size), new(torch.int32, size)
-    grid = (count, slices)
-    scan_kernel[grid](logits, best, where, totals, **bounds, SLICE=SLICE)
-    weigh_kernel[grid](
-        logits, best, settings, tally, masses, **bounds, **powers, **scale, num_warps=SLICE_WARPS
-    )
-    found = (keys, weights, ids)
-    collect_kernel[grid](
-        logits,
-        best,
-        settings,
-        tally,
-        masses,
-        *found,
-        **bounds,
-        **powers,
-        **scale,
-        num_warps=SLICE_WARPS,
-    )
-    choose_kernel[(count,)](
-        logits, settings, best, where, totals, tally, masses, *found, tokens, logprobs, **bounds,
-        **powers, TILE=TILE, num_warps=WARPS,
-    )  # fmt: skip
+    tokens, logprobs = new(torch.int64, count), new(torch.float32, count)
+    best, totals = new(torch.float32, count, slices), new(torch.float32, count, slices)
+    where, tally = new(torch.int32, count, slices), new(torch.int32, count, slices, _BUCKETS)
+    masses = new(torch.int64, count, slices, _BUCKETS)
+    bounds = {"V": size, "S": slices, "SLICE": SLICE}
+    scale = {"SP": max(2, triton.next_power_of_2(slices)), "BEST": 2.0 ** (62 - size.bit_length())}
+    rest = {**bounds, **scale, "BUCKETS": _BUCKETS}
+    if count:
+        scan_kernel[count, slices](logits, best, where, totals, **bounds)
+        weigh_kernel[count, slices](
+            logits, best, settings, tally, masses, **rest, num_warps=SLICE_WARPS
+        )
+    for first in range(0, count, ROWS if filtered else max(1, count)):
+        some = slice(first, first + ROWS if filtered else count)
+        rows = logits[some], settings[some]
+        seen = best[some], where[some], totals[some], tally[some], masses[some]
+        held = (len(rows[0]), size) if filtered else (1, 1)
+        found = new(torch.int32, *held), new(torch.int64, *held), new(torch.int32, *held)
+        if filtered:
+            collect_kernel[len(rows[0]), slices](
+                rows[0], seen[0], rows[1], *seen[3:], *found, **rest, num_warps=SLICE_WARPS
+            )
+        choose_kernel[(len(rows[0]),)](
+            *rows, *seen, *found, tokens[some], logprobs[some], **rest, FILTERED=filtered,
+            TILE=TILE, num_warps=WARPS,
+        )  # fmt: skip
+    return tokens, logprobs
