@@ -34,7 +34,7 @@ class Tiles:
     """
 
     keys: int = 64
-    split: int = 5
+    split: int = 10
     warps: int = 8
     stages: int = 2
     gluon: bool = True

@@ -15,6 +15,9 @@ Scales = tuple[Tensor, Tensor]
 
 _PROCESSORS = 132
 _FILL = 90  # programs that occupy a GPU if each needs all of a processor
+_FEWER = (
+    48  # programs so few that parts pay for up to 256 rows, whose sums are written and read again
+)
 _LONG = 4096  # columns that are too many for one program after the other, where few programs are
 _WIDE_FILL = {64: 200, 128: 100}  # likewise of two warp groups that share inputs, by their rows
 _QUANT_ROWS = 256  # beyond them the plain kernel's large tiles pay
@@ -50,7 +53,8 @@ def cut_of(kind: Kind, rows: int, outputs: int, columns: int, groups: int, chunk
         return -(-outputs // n) * -(-rows // m) * groups
 
     few = programs(64, tall) < _FILL
-    apart = few and chunks > 1 and rows <= 128 and columns >= _LONG
+    fewer = rows <= 128 or (rows <= 256 and programs(64, 128) <= _FEWER)
+    apart = few and fewer and chunks > 1 and columns >= _LONG
     many = programs(128, tall) * (chunks if apart else 1)
     if kind == "bf16" and not apart and many > 2 * _PROCESSORS:
         if 128 < rows <= 256 and chunks == 1 and programs(128, 256) >= _FILL:

@@ -15,7 +15,7 @@ from whalepod.kernels.act_quant import round_fp8
 from whalepod.kernels.fp4 import Fp4Stack, decode
 from whalepod.kernels.jit import INTERPRETED, runs, triton
 from whalepod.kernels.linear import linear
-from whalepod.kernels.overlap import early
+from whalepod.kernels.overlap import LATE, early
 from whalepod.kernels.registry import Kernel
 from whalepod.kernels.route import Alone, Blocks, Route, route
 from whalepod.kernels.swiglu import swiglu
@@ -169,12 +169,15 @@ def gate_up(
     """
     n, warps = tiles.up
     programs = triton.cdiv(2 * out.shape[1], n)
+    # One token's choice is one program, while the shared expert fills most processors on another branch: what
+    # came early would share the few that have room.
+    when = LATE if isinstance(way, Alone) else early()
     if blocks:
         gate_up_kernel[(programs * blocks,)](
             x, w13.codes, w13.scales, w13.gain, weights, *_pointers(way), out, WIDTH=out.shape[1],
             COLUMNS=w13.columns, TOP=k, LIMIT=limit, TILES=programs, BN=n, BM=tiles.rows,
             LEAST=least, EXPERTS=_experts(way), EXACT=_exact(x), num_warps=warps,
-            num_stages=tiles.stages, **early(),
+            num_stages=tiles.stages, **when,
         )  # fmt: skip
 
 

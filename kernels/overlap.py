@@ -3,8 +3,8 @@
 A kernel begins with `begin(EARLY)`: it waits until everything before it is done and visible, then lets its
 successor start, which waits in turn. The other way round, successors of successors would start, too, and
 their programs lie where those of the next kernel belong. Before it waits, a kernel reads weights alone:
-no kernel of a step writes them. Every launch passes `**early()`. Needs Hopper or later; elsewhere nothing
-changes.
+no kernel of a step writes them. Every launch passes `**early()`, or `**LATE` where programs that came early
+would lie crowded together. Needs Hopper or later; elsewhere nothing changes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from whalepod.kernels.jit import INTERPRETED, jit, tl
 
 # Whether kernels and branches of graphs overlap; off shows what each kernel takes by itself.
 overlapping = True
+# Keyword arguments of a launch that starts when the kernel before it is done.
+LATE = {"EARLY": False}
 
 
 @cache
@@ -26,7 +28,7 @@ def _able() -> bool:
 
 def early() -> dict[str, bool]:
     """Keyword arguments of a launch."""
-    return {"EARLY": True, "launch_pdl": True} if overlapping and _able() else {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True} if overlapping and _able() else LATE
 
 
 @jit
