@@ -96,7 +96,7 @@ def test_every_cut_fits_a_processor(rows: int, kind: dense_hopper.Kind) -> None:
         chunks = -(-columns // 128 // chunk)
         cut = dense_hopper.cut_of(kind, rows, outputs, columns, groups, chunks)
         assert dense_hopper.shared_bytes(kind, cut) <= 220 << 10
-        assert not cut.apart or (chunks > 1 and rows <= 128)
+        assert not cut.apart or (chunks > 1 and rows <= 256)
         assert cut.rows >= min(rows, 64)
 
 
