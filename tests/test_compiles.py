@@ -7,6 +7,7 @@ constant, types that two branches disagree on, operations that a target lacks.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,29 @@ def test_index_scores_in_gluon() -> None:
     sizes = {"STRIDE": 128, "H": 64, "DIM": 128, "PER": 32, "KIND": "rows", "BN": 128}
     made = compiled(scores_kernel, types, {**sizes, "OWN": True, "EARLY": True}, num_warps=4)
     assert "wgmma" in made.asm["ptx"]
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_draws(filtered: bool) -> None:
+    from whalepod.kernels import sample_filters_triton as filters
+    from whalepod.kernels import sample_triton as draws
+
+    types = dict.fromkeys(("logits", "best", "sums", "logprobs"), FP32) | {"settings": "*fp64"}
+    types |= dict.fromkeys(("masses", "totals", "weights", "tokens"), I64)
+    types |= dict.fromkeys(("where", "counts", "starts", "brackets", "keys", "ids"), I32)
+    sizes = {"V": 129_280, "S": 32, "SP": 32, "SLICE": 4096, "BEST": 2.0**45, "BUCKETS": 8}
+    sizes |= {"BINS": 256, "TILE": 4096, "FEW": 512, "FILTERED": filtered}
+    kernels = [
+        draws.weigh_kernel,
+        filters.bracket_kernel,
+        draws.collect_kernel,
+        draws.choose_kernel,
+    ]
+    for kernel in kernels if filtered else kernels[-1:]:
+        given = {name: size for name, size in sizes.items() if name in kernel.arg_names}
+        spilled = re.search(
+            r"(\d+) bytes spill stores",
+            assembled(compiled(kernel, types, given, num_warps=8).asm["ptx"]),
+        )
+        assert spilled is not None
+        assert int(spilled[1]) < 256

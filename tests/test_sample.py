@@ -43,6 +43,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if not GPU:
         monkeypatch.setattr(sample_triton, "SLICE", 64)
         monkeypatch.setattr(sample_triton, "TILE", 64)
+        monkeypatch.setattr(sample_triton, "FEW", 32)
 
 
 def differences(logits: Tensor, chosen: Tensor) -> int:
