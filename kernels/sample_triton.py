@@ -162,54 +162,36 @@ def sample(logits_NV: Tensor, settings_N5: Tensor, filtered: bool = True) -> tup
         return torch.empty(*shape, dtype=kind, device=logits.device)
 
     tokens, logprobs = new(torch.int64, count), new(torch.float32, count)
+    if not count:
+        return tokens, logprobs
     best, sums = new(torch.float32, count, slices), new(torch.float32, count, slices)
     where, masses = new(torch.int32, count, slices), new(torch.int64, count, slices, _BUCKETS)
     counts, starts = new(torch.int32, some, slices, _BINS), new(torch.int32, some, slices + 1)
     brackets, totals = new(torch.int32, some, 3), new(torch.int64, some)
     whole = {"S": slices, "SP": max(2, triton.next_power_of_2(slices))}
     each = {"V": size, **whole, "SLICE": SLICE, "BEST": 2.0 ** (62 - size.bit_length())}
-    buckets, wide = {"BUCKETS": _BUCKETS}, {"num_warps": SLICE_WARPS}
-    if count:
-        scan_kernel[count, slices](logits, best, where, sums, size, slices, SLICE)
-        weigh_kernel[count, slices](
-            logits, best, settings, counts, masses, BINS=_BINS, **each, **buckets, **wide
-        )
-    if some:
+    rest = {"BUCKETS": _BUCKETS, "BINS": _BINS, "num_warps": SLICE_WARPS}
+    grid = count, slices
+    scan_kernel[grid](logits, best, where, sums, size, slices, SLICE)
+    weigh_kernel[grid](logits, best, settings, counts, masses, **each, **rest)
+    if filtered:
         bracket_kernel[(count,)](
-            settings,
-            counts,
-            masses,
-            starts,
-            brackets,
-            totals,
-            BINS=_BINS,
-            **whole,
-            **buckets,
-            **wide,
+            settings, counts, masses, starts, brackets, totals, **whole, **rest
         )
-    step = ROWS if filtered else max(1, count)
+    step = ROWS if filtered else count
     for first in range(0, count, step):
         own = slice(first, first + step)
         rows, held = len(tokens[own]), size if filtered else 1
-        found = (
-            new(torch.int32, rows, held),
-            new(torch.int64, rows, held),
-            new(torch.int32, rows, held),
-        )
+        kinds = torch.int32, torch.int64, torch.int32
+        found = [new(kind, rows, held) for kind in kinds]
         if filtered:
             collect_kernel[rows, slices](
-                logits[own],
-                best[own],
-                settings[own],
-                starts[own],
-                brackets[own],
-                *found,
-                **each,
-                **wide,
-            )
+                logits[own], best[own], settings[own], starts[own], brackets[own], *found, **each,
+                num_warps=SLICE_WARPS,
+            )  # fmt: skip
         choose_kernel[(rows,)](
             logits[own], settings[own], best[own], where[own], sums[own], masses[own], brackets[own],
-            totals[own], *found, tokens[own], logprobs[own], **each, **buckets, FILTERED=filtered,
-            TILE=TILE, FEW=FEW, num_warps=WARPS,
+            totals[own], *found, tokens[own], logprobs[own], **each, BUCKETS=_BUCKETS,
+            FILTERED=filtered, TILE=TILE, FEW=FEW, num_warps=WARPS,
         )  # fmt: skip
     return tokens, logprobs
