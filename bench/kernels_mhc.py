@@ -243,7 +243,8 @@ def sampling(sizes: Sequence[int], compiled: bool) -> Iterator[Row]:
             ) -> tuple[Any, ...]:
                 logits = normal(t, VOCABULARY, size=spread or 1.5)
                 if not spread:  # probability falls with the square root of the rank's power
-                    logits -= 1.5 * torch.rand(t, VOCABULARY, device="cuda").mul_(VOCABULARY).log()
+                    rank = torch.rand(t, VOCABULARY, device="cuda").neg_().add_(1)  # never 0
+                    logits -= 1.5 * rank.mul_(VOCABULARY).log()
                 chosen = torch.tensor([[*settings, 0.0]] * t, dtype=torch.float64)
                 chosen[:, 4] = torch.rand(t)
                 return logits, chosen.cuda()

@@ -29,7 +29,8 @@ class _Drawn:
 
     def __init__(self, logits_NV: Tensor, settings: Seq[Sampling], positions: Seq[int]) -> None:
         self._drawn = sample(logits_NV, settings, positions)
-        self.tokens_N = torch.tensor([d.token for d in self._drawn], device=logits_NV.device)
+        tokens = [max(0, d.token) for d in self._drawn]  # the step ahead reads some token
+        self.tokens_N = torch.tensor(tokens, device=logits_NV.device)
 
     def take(self) -> list[Drawn]:
         """What was drawn."""

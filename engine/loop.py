@@ -5,6 +5,8 @@ Other threads submit and cancel; one thread plans steps and takes their results 
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 import time
 from collections import deque
@@ -26,7 +28,13 @@ from whalepod.engine.scheduler import Scheduler
 from whalepod.engine.step import split
 from whalepod.errors import RequestError
 
+log = logging.getLogger(__name__)
+
 _TOO_COMPLEX = "the grammar takes more work for a token than is allowed; simplify it"
+_NOT_FINITE = (
+    "the model's logits for this request are not finite (NaN or infinite); send it again, and if that "
+    "fails too, check the weights and the health of the devices"
+)
 
 
 @dataclass(slots=True)
@@ -183,14 +191,14 @@ class EngineLoop:
             drafts: guesses at what comes after each slot's new tokens.
             told: in the order of the parts that tell of their prompts.
         """
+        telling = (p for m in plan.step.micro_batches for p in m.parts if p.tell is not None)
+        for part, rows in zip(telling, told, strict=True):
+            self._learn(plan.by_slot[part.slot], rows)
         before, emitted, here = self.counters.generated, plan.emitted(drawn), plan.here
         right = {slot: len(made) - 1 for slot, made in emitted.items() if len(made) > 1}
         self.counters.accepted += sum(right.values())
         self.counters.drafted += sum(part.drafts for _, part in here)
         self.scheduler.advance(here, right)
-        telling = (p for m in plan.step.micro_batches for p in m.parts if p.tell is not None)
-        for part, rows in zip(telling, told, strict=True):
-            plan.by_slot[part.slot].learn(rows)
         for slot, made in emitted.items():
             sequence = plan.by_slot[slot]
             sequence.drafts = list(drafts.get(slot, ())) if drafts else []
@@ -206,12 +214,20 @@ class EngineLoop:
             took, count = time.perf_counter() - plan.begun, self.counters.generated - before
             self.payoff.learn(plan.running, plan.verifies, took, count)
 
+    def _learn(self, sequence: Sequence, told: PromptLogprobs) -> None:
+        if told.finite:
+            sequence.learn(told)
+        else:
+            self._fail_spoilt(sequence)
+
     def _accept(self, sequence: Sequence, drawn: list[Drawn]) -> None:
         for i, got in enumerate(drawn):
             sequence.tally.accepted = int(i + 1 < len(drawn))
             if got.token < 0:
-                self._forget(sequence)
-                self.emit(_end(sequence, "error", _TOO_COMPLEX))
+                if math.isfinite(got.logprob):
+                    self._fail(sequence, _TOO_COMPLEX)
+                else:
+                    self._fail_spoilt(sequence)
                 return
             event = sequence.accept(got.token, got.logprob, got.alternatives)
             self.counters.generated += 1
@@ -225,8 +241,17 @@ class EngineLoop:
         """End every request with finish `error` (the member is going away for good)."""
         self._take_in()
         for sequence in list(self._live.values()):
-            self._forget(sequence)
-            self.emit(_end(sequence, "error", reason))
+            self._fail(sequence, reason)
+
+    def _fail(self, sequence: Sequence, reason: str) -> None:
+        self._forget(sequence)
+        self.emit(_end(sequence, "error", reason))
+
+    def _fail_spoilt(self, sequence: Sequence) -> None:
+        """Of a spoilt cache others who began alike would get spoilt logits too."""
+        log.warning("request %s: %s", sequence.request.id, _NOT_FINITE)
+        self._fail(sequence, _NOT_FINITE)
+        self.scheduler.room.prefixes.forget(sequence.request.cache_salt)
 
     def _take_in(self) -> None:
         while self._inbox:
@@ -246,8 +271,7 @@ class EngineLoop:
             if problem is None:
                 self.scheduler.add(sequence)
             else:
-                self._forget(sequence)
-                self.emit(_end(sequence, "error", problem))
+                self._fail(sequence, problem)
 
     def _expire(self, now: float) -> None:
         """End what is past its deadline, whether it waits or runs."""

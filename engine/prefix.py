@@ -144,6 +144,12 @@ class PrefixCache:
             cheapest.snapshot, cheapest.cost = -1, 0
         return self._free.pop()
 
+    def forget(self, salt: str) -> None:
+        """Let nobody find what sequences of one salt have left: it is wrong."""
+        root = self._roots.pop(salt, None)
+        if root is not None:
+            del self._salts[root]
+
     def give_back(self, snapshots: list[int]) -> None:
         """Reserved slots that were not used; empties the list."""
         self._free += snapshots

@@ -38,6 +38,11 @@ class PromptLogprobs:
         """Tokens told of."""
         return len(self.logprobs_R)
 
+    @property
+    def finite(self) -> bool:
+        """Whether no NaN or infinity has spoilt them."""
+        return bool(np.isfinite(self.logprobs_R).all())
+
     @classmethod
     def join(cls, parts: Seq[PromptLogprobs], count: int) -> PromptLogprobs:
         """One after the other; `count` alternatives a token."""

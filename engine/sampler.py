@@ -36,7 +36,8 @@ def uniform(seed: int, position: int) -> float:
 class Drawn(NamedTuple):
     """A token, and its log-probability under the unmodified logits.
 
-    Token -1: its grammar took more work than its limits allow, so there is none.
+    Token -1: there is none. Its grammar took more work than its limits allow, or, where `logprob` is
+    not finite, the logits hold no distribution.
     """
 
     token: int
@@ -67,13 +68,18 @@ def sample(
     Returns:
         one `Drawn` a row. Greedy ties go to the lowest id.
     """
-    drawn = _draw_all(logits_NV, settings, positions, histories, grammars)
+    drawn = _sound(_draw_all(logits_NV, settings, positions, histories, grammars))
     if not any(s.alternatives for s in settings):
         return drawn
     return [
         d._replace(alternatives=best(logits_NV[i], s.alternatives)) if s.alternatives else d
         for i, (d, s) in enumerate(zip(drawn, settings, strict=True))
     ]
+
+
+def _sound(drawn: list[Drawn]) -> list[Drawn]:
+    """Without tokens from logits that a NaN or an infinity has spoilt."""
+    return [d if math.isfinite(d.logprob) else d._replace(token=-1) for d in drawn]
 
 
 def best(logits_V: Tensor, count: int) -> Alternatives:
@@ -162,7 +168,7 @@ class Draws:
 
     def take(self) -> list[Drawn]:
         """Wait for them."""
-        return [Drawn(*d) for d in zip(*self._coming.take(), strict=True)]
+        return _sound([Drawn(*d) for d in zip(*self._coming.take(), strict=True)])
 
 
 def settings_row(settings: Sampling, position: int) -> tuple[float, float, float, float, float]:

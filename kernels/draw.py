@@ -15,7 +15,7 @@ def best_tokens(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Return the place of each row's largest logit, the first one among equals, and its logsumexp.
 
     Returns:
-        `[N]` int64 and `[N]` fp32.
+        `[N]` int64 and `[N]` fp32; of a row with a NaN any place, and NaN.
     """
     return logits_NV.argmax(-1), logits_NV.logsumexp(-1)
 

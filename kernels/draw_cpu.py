@@ -36,9 +36,10 @@ def _best(x, rows, count, best, norm):
     """`count` is a multiple of 16."""
     for m in range(rows):
         row = x + m * count * 4
-        top, whole = splat(np.float32(-np.inf)), splat(np.float32(0))
+        top, whole, seen = splat(np.float32(-np.inf)), splat(np.float32(0)), splat(np.float32(0))
         for v in range(0, count * 4, _BYTES):
             top = most(load(row + v), top)
+            seen = add(seen, load(row + v))
         high, place = largest(top), 0
         while place < count - 1 and get(row + place * 4) != high:
             place += 1
@@ -46,7 +47,10 @@ def _best(x, rows, count, best, norm):
         for v in range(0, count * 4, _BYTES):
             whole = add(whole, exp(sub(load(row + v), shift)))
         put_int(best + m * 8, place)
-        put(norm + m * 4, high + np.float32(math.log(total(whole))))
+        sound = total(seen) == total(seen)  # `most` and `exp` pass over a NaN, a sum does not
+        put(
+            norm + m * 4, high + np.float32(math.log(total(whole))) if sound else np.float32(np.nan)
+        )
 
 
 @best_tokens.twin("compiled", runs)

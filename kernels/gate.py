@@ -88,7 +88,9 @@ def _choose_kernel(
     if HASHED:
         token = tl.minimum(tl.maximum(tl.load(ids + t), 0), vocabulary - 1)
     else:
-        ranked = tl.where(e < EXPERTS, score + tl.load(bias + e, mask=e < EXPERTS), float("-inf"))
+        ranked = score + tl.load(bias + e, mask=e < EXPERTS)
+        ranked = tl.where(ranked == ranked, ranked, -3e38)  # of a NaN's row too, as many experts
+        ranked = tl.where(e < EXPERTS, ranked, float("-inf"))
     total = 0.0
     for i in tl.static_range(COUNT):
         if HASHED:

@@ -24,7 +24,8 @@ def sample(logits_NV: Tensor, settings_N5: Tensor, filtered: bool = True) -> tup
     side by side in the order of their ids. Equal logits give equal tokens.
 
     Args:
-        logits_NV: `[N, V]` fp32, no NaN, at least one finite a row.
+        logits_NV: `[N, V]` fp32. Of a row with NaN, +inf, or nothing finite, any token of the
+            vocabulary is drawn, and its log-probability is not finite.
         settings_N5: `[N, 5]` fp64: temperature (0 is greedy, ties to the lowest id); top-k (0: all);
             top-p; logarithm of min-p (-inf: none); a number in `[0, 1)` that decides.
         filtered: False where no row has top-k or top-p, which saves a look at all logits.

@@ -148,6 +148,7 @@ def choose_kernel(
                 )
         else:
             token = _plain_token(logits, best, settings, masses, n, V, S, SP, SLICE, BEST, BUCKETS)
+    token = tl.minimum(tl.maximum(token, 0), V - 1)  # among logits that are not finite, any
     tl.store(tokens + n, token.to(tl.int64))
     tl.store(logprobs + n, tl.load(logits + n * V + token) - (top + tl.log(norm)))
 

@@ -54,6 +54,19 @@ def test_the_bias_chooses_and_the_scores_weigh(tokens: int, kind: torch.dtype, t
 
 
 @pytest.mark.parametrize("twin", TWINS)
+def test_a_row_with_a_nan_gets_as_many_experts_and_spoils_no_other(twin: bool) -> None:
+    x, w = torch.randn(3, D).to(DEVICE, torch.bfloat16), weight(torch.bfloat16)
+    bias = torch.randn(E, device=DEVICE)
+    sound = pick(gate, twin)(x, w, K, SCALE, bias)
+    x[1, 5] = float("nan")
+    experts, weights = pick(gate, twin)(x, w, K, SCALE, bias)
+    assert len(set(experts[1].tolist()) & set(range(E))) == K
+    assert bool(weights[1].isnan().all())
+    for found, before in zip((experts, weights), sound, strict=True):
+        assert torch.equal(found[[0, 2]], before[[0, 2]])
+
+
+@pytest.mark.parametrize("twin", TWINS)
 def test_of_equal_sums_the_lowest_id_is_chosen(twin: bool) -> None:
     w = weight(torch.bfloat16)
     w[5], w[9], w[20] = w[2], w[2], w[2]

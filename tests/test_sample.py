@@ -100,6 +100,18 @@ def test_the_ends_of_the_unit_interval() -> None:
     assert tokens[1] >= SIZES[0] - 3
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, where it interprets
+@pytest.mark.parametrize("filters", FILTERS)
+def test_spoilt_rows_give_a_token_and_no_log_probability(filters: tuple[float, ...]) -> None:
+    size = SIZES[0]
+    logits = torch.randn(5, size)
+    logits[1, 7], logits[2], logits[3, size - 1], logits[4] = math.nan, math.nan, math.inf, OFF
+    with poisoned():
+        tokens, logprobs = twin(sample)(logits.to(DEVICE), settings(filters, 5))
+    assert bool(((tokens >= 0) & (tokens < size)).all())
+    assert logprobs.isfinite().tolist() == [True, *[False] * 4]
+
+
 def test_no_rows_and_rows_alone() -> None:
     logits = torch.randn(70 if GPU else 3, SIZES[0], device=DEVICE)
     chosen = settings((1.0, 20, 0.9, OFF), len(logits))
