@@ -92,7 +92,7 @@ def dense(
         groups, chunk, cut.apart, join, cut.outputs, cut.rows,
     )  # fmt: skip
     if hopper:
-        dense_hopper.launch(grid, x, w, scaled, rest, cut)
+        dense_hopper.launch(grid, x, w, scaled, rest, kind, cut, columns)
     else:
         dense_kernel[grid](
             x, scaled[0], w, scaled[1], *rest, EXACT=exact, num_warps=cut.warps,

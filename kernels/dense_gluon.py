@@ -73,7 +73,13 @@ def refill(x, w, i, first, count, column, m, n, group, bars, weights, inputs, N:
 
 
 @gluon.jit
-def sum_words(x, w, scales, start, size, first, count, column, m, n, group, bars, weights, inputs,
+def scale_of(table, b):
+    """Scale of a block of columns."""
+    return gl.sum(table.index(b).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+
+
+@gluon.jit
+def sum_words(x, w, table, start, size, first, count, column, m, n, group, bars, weights, inputs,
               N: gl.constexpr, BLOCKS: gl.constexpr, BYTES: gl.constexpr, STAGES: gl.constexpr,
               ACC: gl.constexpr):  # fmt: skip
     """A tile's sum over blocks of FP8 words: while half a block is multiplied, the next half is widened.
@@ -81,13 +87,11 @@ def sum_words(x, w, scales, start, size, first, count, column, m, n, group, bars
     One loop: products under way across the border of two would be waited for.
     """
     stop = start + size
-    TALL: gl.constexpr = (N + 127) // 128
     WORDS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     BN: gl.constexpr = weights.shape[1]
     BM: gl.constexpr = inputs.shape[1]
     acc = gl.zeros([BN, BM], gl.float32, ACC)
-    factor = gl.load(scales + start * TALL)
-    ahead = gl.load(scales + gl.minimum(start + 1, stop - 1) * TALL)
+    factor = scale_of(table, start)
     mbarrier.wait(bars.index(start % STAGES), start // STAGES % 2)
     words = weights.index(start % STAGES).load(WORDS)
     low, high = half(words, factor, LOW_TO_BF16), half(words, factor, HIGH_TO_BF16)
@@ -99,7 +103,7 @@ def sum_words(x, w, scales, start, size, first, count, column, m, n, group, bars
         refill(x, w, i, first, count, column, m, n, group, bars, weights, inputs, N, BLOCKS, "fp8",
                BYTES, STAGES)  # fmt: skip
         following = gl.minimum(i + 1, stop - 1)
-        factor, ahead = ahead, gl.load(scales + gl.minimum(i + 2, stop - 1) * TALL)
+        factor = scale_of(table, following)
         mbarrier.wait(bars.index(following % STAGES), following // STAGES % 2)
         words = weights.index(following % STAGES).load(WORDS)
         acc, _ = warpgroup_mma_wait(1, deps=[acc, low])
@@ -154,7 +158,7 @@ def dense_kernel(
     x, xs, w, ws, out, made, counters, M, N: gl.constexpr, COLUMNS: gl.constexpr,
     KIND: gl.constexpr, GROUPS: gl.constexpr, CHUNK: gl.constexpr, APART: gl.constexpr,
     JOIN: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
-    EARLY: gl.constexpr = False,
+    ROOM: gl.constexpr, EARLY: gl.constexpr = False,
 ):  # fmt: skip
     """As `dense_triton.dense_kernel`; `x` and `w` are descriptors of their rows."""
     BLOCKS: gl.constexpr = (COLUMNS + 127) // 128
@@ -184,6 +188,10 @@ def dense_kernel(
     scales = ws
     if KIND != "bf16":
         scales = ws + (group * BLOCKS + first) * TALL + n // 128
+    if KIND == "fp8":
+        # All at once: a load on its way would hold up every copy into a stage that was read from.
+        b = gl.arange(0, ROOM, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        found = gl.load(scales + b * TALL, mask=b < count, other=0.0)
     begin(EARLY)
     column = group * WIDE + first * 128
     for s in gl.static_range(STAGES):
@@ -194,20 +202,24 @@ def dense_kernel(
         SIZE: gl.constexpr = BLOCKS if BLOCKS < CHUNK else CHUNK
         size = SIZE if BLOCKS % SIZE == 0 else count
         total = gl.zeros([BN, BM], gl.float32, ACC)
+        flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        whole = gl.allocate_shared_memory(gl.float32, [ROOM], flat, found)
+        table = whole._reinterpret(gl.float32, [ROOM, 1], flat)
+        barrier()
         if ONE:
             total = sum_words(
-                x, w, scales, 0, size, first, count, column, m, n, group, bars, weights, inputs, N,
+                x, w, table, 0, size, first, count, column, m, n, group, bars, weights, inputs, N,
                 BLOCKS, BYTES, STAGES, ACC,
             )  # fmt: skip
         else:
             for start in range(0, BLOCKS // CHUNK * CHUNK, CHUNK):
                 total += sum_words(
-                    x, w, scales, start, CHUNK, first, count, column, m, n, group, bars, weights,
+                    x, w, table, start, CHUNK, first, count, column, m, n, group, bars, weights,
                     inputs, N, BLOCKS, BYTES, STAGES, ACC,
                 )  # fmt: skip
             if BLOCKS % CHUNK != 0:
                 total += sum_words(
-                    x, w, scales, BLOCKS // CHUNK * CHUNK, BLOCKS % CHUNK, first, count, column, m,
+                    x, w, table, BLOCKS // CHUNK * CHUNK, BLOCKS % CHUNK, first, count, column, m,
                     n, group, bars, weights, inputs, N, BLOCKS, BYTES, STAGES, ACC,
                 )  # fmt: skip
     else:

@@ -75,13 +75,25 @@ def shared_bytes(kind: Kind, cut: Cut) -> int:
     return cut.stages * (cut.outputs * weights + cut.rows * inputs)
 
 
+def room_of(columns: int) -> int:
+    """Room for a scale of each block of columns."""
+    return max(16, int(triton.next_power_of_2(-(-columns // 128))))
+
+
+def registers(kind: Kind, cut: Cut) -> dict[str, int]:
+    """A bound where two programs of eight warps fit a processor, if 128 registers a thread are all they need."""
+    return {"maxnreg": 128} if (kind, cut.warps, cut.stages) == ("fp8", 8, 2) else {}
+
+
 def launch(
     grid: tuple[int, int, int],
     x: Tensor,
     w: Tensor,
     scales: Scales,
     rest: tuple[Any, ...],
+    kind: Kind,
     cut: Cut,
+    columns: int,
 ) -> None:
     """As `dense_triton.dense_kernel[grid](x, scales[0], w, scales[1], *rest)`."""
     wide = 128 if w.dtype == torch.float8_e4m3fn else 64
@@ -89,7 +101,8 @@ def launch(
     rows = w.view(-1, x.shape[1] if w.dtype == torch.bfloat16 else w.shape[-1])
     dense_kernel[grid](
         _read_by(x, cut.rows, wide), scales[0], _read_by(rows, cut.outputs, wide), scales[1],
-        *rest, STAGES=cut.stages, num_warps=cut.warps, **early(),
+        *rest, STAGES=cut.stages, ROOM=room_of(columns), num_warps=cut.warps,
+        **registers(kind, cut), **early(),
     )  # fmt: skip
 
 

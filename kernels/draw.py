@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from whalepod.kernels.jit import runs
 from whalepod.kernels.registry import Kernel
 
 
@@ -27,3 +28,8 @@ def ranked(logits_V: Tensor) -> Tensor:
     Among equals the first comes first.
     """
     return logits_V.sort(descending=True, stable=True).indices
+
+
+from whalepod.kernels import draw_triton as _twins  # noqa: E402
+
+best_tokens.twin("triton", runs)(_twins.best_tokens)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from whalepod.kernels import fp4_experts_hopper
 from whalepod.kernels.act_quant import round_fp8
 from whalepod.kernels.fp4 import Fp4Stack, decode
 from whalepod.kernels.jit import INTERPRETED, runs, triton
@@ -172,7 +173,19 @@ def gate_up(
     # One token's choice is one program, while the shared expert fills most processors on another branch: what
     # came early would share the few that have room.
     when = LATE if isinstance(way, Alone) else early()
-    if blocks:
+    cut = fp4_experts_hopper.cut_of(tiles.rows, isinstance(way, Alone))
+    if blocks and cut and fp4_experts_hopper.runs(x, w13, out.shape[1]):
+        sizes = {
+            "BM": tiles.rows,
+            "LEAST": least,
+            "EXPERTS": _experts(way),
+            "TOP": k,
+            "LIMIT": limit,
+        }
+        fp4_experts_hopper.gate_up(
+            blocks, x, w13, weights, _pointers(way), out, cut, {**sizes, **when}
+        )
+    elif blocks:
         gate_up_kernel[(programs * blocks,)](
             x, w13.codes, w13.scales, w13.gain, weights, *_pointers(way), out, WIDTH=out.shape[1],
             COLUMNS=w13.columns, TOP=k, LIMIT=limit, TILES=programs, BN=n, BM=tiles.rows,
@@ -193,7 +206,11 @@ def down(
     """Rows of the route to `out[pair]`, `[R, D]`; arguments as for `gate_up`."""
     n, warps = tiles.down
     programs = triton.cdiv(w2.rows, n)
-    if blocks:
+    cut = fp4_experts_hopper.cut_of(tiles.rows, isinstance(way, Alone))
+    if blocks and cut and fp4_experts_hopper.runs(inner, w2, w2.rows):
+        sizes = {"BM": tiles.rows, "LEAST": least, "EXPERTS": _experts(way)}
+        fp4_experts_hopper.down(blocks, inner, w2, _pointers(way), out, cut, {**sizes, **early()})
+    elif blocks:
         down_kernel[(programs * blocks,)](
             inner, w2.codes, w2.scales, w2.gain, *_pointers(way), out, D=w2.rows,
             COLUMNS=w2.columns, TILES=programs, BN=n, BM=tiles.rows, LEAST=least,

@@ -15,15 +15,22 @@ from whalepod.kernels.overlap import begin
 
 @jit
 def _spread(words, scales, GROUP: tl.constexpr):
-    """One group of `decode_words` in plain operations, fp32."""
-    word = words.to(tl.int32)
-    if GROUP == 3:
-        low = ((word >> 3) & 0x0180) | ((word >> 7) & 0x0040)
-        bits = ((word << 1) & 0x8000) | low
+    """One group of `decode_words` in plain operations, fp32; a half of a word is half of a bf16 pair."""
+    whole = tl.reshape(words, (words.shape[0], words.shape[1] // 2, 2))
+    even, odd = tl.split(whole)
+    word = (even.to(tl.int32) & 0xFFFF) | (odd.to(tl.int32) << 16)
+    if GROUP == 0:
+        bits = word
+    elif GROUP == 1:
+        bits = word << 4
+    elif GROUP == 2:
+        bits = (word << 26) | ((word >> 6) & 0x03FFFFFF)
     else:
-        bits = (word << (3 * GROUP)) & 0x81C0
+        bits = ((word << 6) & -0x7F3F7F40) | ((word >> 2) & 0x01000100)
+    bits = bits & -0x7E3F7E40  # as in the inline assembly, signed
+    both = tl.reshape(tl.join(bits << 16, bits & ~0xFFFF), words.shape)
     factor = ((scales >> (8 * GROUP)) & 0xFF) << 23
-    return (bits << 16).to(tl.float32, bitcast=True) * factor.to(tl.float32, bitcast=True)
+    return both.to(tl.float32, bitcast=True) * factor.to(tl.float32, bitcast=True)
 
 
 @jit
@@ -42,23 +49,20 @@ def decode_words(words, scales, EXACT: tl.constexpr):
             prmt.b32 f, $5, 0, 0x4040;
             shl.b32 f, f, 7;
             mul.rn.bf16x2 $0, $0, f;
-            shl.b32 t, $4, 3;
+            shl.b32 t, $4, 4;
             and.b32 $1, t, 0x81C081C0;
             prmt.b32 f, $5, 0, 0x4141;
             shl.b32 f, f, 7;
             mul.rn.bf16x2 $1, $1, f;
-            shl.b32 t, $4, 6;
+            shf.l.wrap.b32 t, $4, $4, 26;
             and.b32 $2, t, 0x81C081C0;
             prmt.b32 f, $5, 0, 0x4242;
             shl.b32 f, f, 7;
             mul.rn.bf16x2 $2, $2, f;
-            shl.b32 t, $4, 1;
-            and.b32 t, t, 0x80008000;
-            shr.u32 u, $4, 3;
-            and.b32 u, u, 0x01800180;
-            or.b32 t, t, u;
-            shr.u32 u, $4, 7;
-            and.b32 u, u, 0x00400040;
+            shl.b32 t, $4, 6;
+            and.b32 t, t, 0x80C080C0;
+            shr.u32 u, $4, 2;
+            and.b32 u, u, 0x01000100;
             or.b32 $3, t, u;
             prmt.b32 f, $5, 0, 0x4343;
             shl.b32 f, f, 7;

@@ -65,6 +65,17 @@ def scan_kernel(logits, best, where, total, V: tl.constexpr, S: tl.constexpr, SL
 
 
 @jit
+def best_of(best, where, sums, n, V: tl.constexpr, S: tl.constexpr, SP: tl.constexpr):
+    """A row's best token, the first among equals, its logit, and the sum of exponentials below it."""
+    s = tl.arange(0, SP)
+    tops = tl.load(best + n * S + s, mask=s < S, other=float("-inf"))
+    top = tl.max(tops)
+    norm = tl.sum(tl.load(sums + n * S + s, mask=s < S, other=0.0) * tl.exp(tops - top))
+    token = tl.min(tl.where(tops == top, tl.load(where + n * S + s, mask=s < S, other=V), V))
+    return token, top, norm
+
+
+@jit
 def weigh_kernel(
     logits, best, settings, counts, masses, V: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
     SLICE: tl.constexpr, BEST: tl.constexpr, BUCKETS: tl.constexpr, BINS: tl.constexpr,
@@ -127,11 +138,8 @@ def choose_kernel(
     FILTERED: tl.constexpr,
 ):  # fmt: skip
     """One row's token and its log-probability; without FILTERED no row has top-k or top-p."""
-    n, s = tl.program_id(0).to(tl.int64), tl.arange(0, SP)
-    tops = tl.load(best + n * S + s, mask=s < S, other=float("-inf"))
-    top = tl.max(tops)
-    norm = tl.sum(tl.load(sums + n * S + s, mask=s < S, other=0.0) * tl.exp(tops - top))
-    token = tl.min(tl.where(tops == top, tl.load(where + n * S + s, mask=s < S, other=V), V))
+    n = tl.program_id(0).to(tl.int64)
+    token, top, norm = best_of(best, where, sums, n, V, S, SP)
     if tl.load(settings + n * 5) > 0:
         if FILTERED:
             if filters(settings, n):

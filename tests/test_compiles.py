@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from whalepod.kernels.dense_hopper import Kind, cut_of, shared_bytes
+from whalepod.kernels.dense import chunk_of
+from whalepod.kernels.dense_hopper import Kind, cut_of, registers, room_of, shared_bytes
 from whalepod.kernels.jit import INTERPRETED, triton
 
 pytestmark = [
@@ -74,14 +75,14 @@ def test_products_of_few_rows(kind: str, rows: int) -> None:
     assert "atom" in made.asm["ptx"]
 
 
-@pytest.mark.parametrize("rows", [1, 300])
-@pytest.mark.parametrize("kind", ["fp8", "bf16", "quant"])
-def test_products_in_gluon(kind: Kind, rows: int) -> None:
+def product(kind: Kind, rows: int, n: int, columns: int) -> Any:
+    """The kernel for a product with `[n, columns]`, compiled, and its cut."""
     from triton.experimental.gluon.language import NVMMASharedLayout
 
     from whalepod.kernels.dense_gluon import dense_kernel
 
-    cut = cut_of(kind, rows, 1536, 4096, 1, 8)
+    chunk = chunk_of(n, columns, 1, kind)
+    cut = cut_of(kind, rows, n, columns, 1, -(-columns // 128 // chunk))
     form, codes, wide = {
         "fp8": ("bf16", "i16", 64),
         "bf16": ("bf16", "bf16", 64),
@@ -94,17 +95,34 @@ def test_products_in_gluon(kind: Kind, rows: int) -> None:
     )
     types = {"x": x, "xs": FP32, "w": w, "ws": FP32, "out": FP32, "made": BF16, "counters": I32}
     constants: dict[str, Any] = {
-        **{"N": 1536, "COLUMNS": 4096, "KIND": kind, "GROUPS": 1, "CHUNK": 4, "APART": cut.apart},
+        **{"N": n, "COLUMNS": columns, "KIND": kind, "GROUPS": 1, "CHUNK": chunk},
+        **{"APART": cut.apart, "ROOM": room_of(columns)},
         **{"JOIN": rows == 1, "BN": cut.outputs, "BM": cut.rows, "STAGES": cut.stages},
         **{"EARLY": True, **({"M": 1} if rows == 1 else {})},
     }
-    made = compiled(dense_kernel, {**types, "M": "i32"}, constants, num_warps=cut.warps)
+    options = {"num_warps": cut.warps, **registers(kind, cut)}
+    return compiled(dense_kernel, {**types, "M": "i32"}, constants, **options), cut
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("kind", ["fp8", "bf16", "quant"])
+def test_products_in_gluon(kind: Kind, rows: int) -> None:
+    made, cut = product(kind, rows, 1536, 4096)
     ptx = made.asm["ptx"]
     assert "wgmma" in ptx
     asked, waited = ptx.index("cp.async.bulk.tensor"), ptx.index("griddepcontrol.wait")
     assert asked < waited, "weights are asked for before the kernel waits for the one before it"
     assert shared_bytes(kind, cut) <= made.metadata.shared <= 227 << 10
     assert "serialized" not in assembled(ptx), "products wait for each other"
+
+
+def test_two_programs_of_eight_warps_share_a_processor() -> None:
+    made, cut = product("fp8", 128, 32768, 1024)
+    assert (cut.warps, cut.stages) == (8, 2)
+    assert made.metadata.shared <= 227 << 9
+    said = assembled(made.asm["ptx"])
+    assert "Used 128 registers" in said
+    assert "0 bytes spill stores, 0 bytes spill loads" in said
 
 
 def test_messages_of_fixed_sizes() -> None:
@@ -179,6 +197,29 @@ def test_experts_of_one_token() -> None:
     ):
         made = compiled(kernel, types, sizes, num_warps=4, num_stages=4)
         assert " 0 bytes spill stores" in assembled(made.asm["ptx"])
+
+
+@pytest.mark.parametrize(("rows", "alone"), [(16, True), (16, False)])
+def test_experts_in_gluon(rows: int, alone: bool) -> None:
+    from whalepod.kernels.fp4_experts_gluon import down_kernel, gate_up_kernel
+    from whalepod.kernels.fp4_experts_hopper import cut_of
+
+    cut = cut_of(rows, alone)
+    assert cut is not None
+    types = dict.fromkeys(("x", "inner", "out"), BF16) | {"codes": I16, "scales": I32}
+    types |= {"gain": FP32, "weights": FP32, "order": I32, "slots": I64 if alone else I32}
+    route = ("starts", "stops", "used")
+    types |= dict.fromkeys(route, I32)
+    rest: dict[str, Any] = {"BN": cut.outputs, "BM": rows, "LEAST": 0, "EARLY": True}
+    rest |= {"EXPERTS": 256 if alone else 0, "STAGES": cut.stages, "TOGETHER": cut.together}
+    rest |= dict.fromkeys(route) if alone else {}
+    up = {"WIDTH": 2048, "COLUMNS": 4096, "TILES": 4096 // cut.outputs, "TOP": 6, "LIMIT": 10.0}
+    down = {"D": 4096, "COLUMNS": 2048, "TILES": 4096 // cut.outputs}
+    for kernel, sizes in ((gate_up_kernel, up), (down_kernel, down)):
+        made = compiled(kernel, types, {**sizes, **rest}, num_warps=cut.warps)
+        said = assembled(made.asm["ptx"])
+        assert " 0 bytes spill stores" in said
+        assert "serialized" not in said, "products wait for each other"
 
 
 @pytest.mark.parametrize("crowd", [0, 64])

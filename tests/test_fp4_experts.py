@@ -9,11 +9,12 @@ from torch import Tensor
 from whalepod.kernels import fp4_experts as module
 from whalepod.kernels.fp4 import Fp4Stack, decode, pack, unpack
 from whalepod.kernels.fp4_experts import fp4_experts
+from whalepod.kernels.jit import on_hopper
 from whalepod.model.quant import decode_fp4, encode_fp4, fake_fp8
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-D, W, E, K, LIMIT = (512, 384, 12, 3, 1.5) if GPU else (160, 96, 6, 3, 1.5)
+D, W, E, K, LIMIT = (512, 512, 12, 3, 1.5) if GPU else (160, 96, 6, 3, 1.5)
 HELD = [4, 0, 3, 5]  # expert -> place in the stacks, others are absent
 
 
@@ -126,6 +127,22 @@ def test_crowded_experts_have_launches_of_their_own(monkeypatch: pytest.MonkeyPa
     close(got, truth(x, experts, weights, w13, w2, False))
     plain = tiles._replace(crowd=0)
     monkeypatch.setattr(module, "tiles_of", lambda *_: plain)
+    assert torch.equal(got, fp4_experts(x, experts, weights, slots(), w13, w2, LIMIT))
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not GPU or not on_hopper(torch.device(DEVICE)), reason="kernels for Hopper")
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+@pytest.mark.parametrize("tiles", [module._FEW, *(t for _, t in module._TILES)], ids=str)
+def test_kernels_for_hopper_have_the_bits_of_the_others(
+    tiles: module.Tiles, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w13, w2 = stacks()
+    x, experts, weights = inputs(tokens)
+    experts[:, 0] = HELD[0]
+    monkeypatch.setattr(module, "tiles_of", lambda *_: tiles)
+    got = fp4_experts(x, experts, weights, slots(), w13, w2, LIMIT)
+    monkeypatch.setattr(module.fp4_experts_hopper, "cut_of", lambda *_: None)
     assert torch.equal(got, fp4_experts(x, experts, weights, slots(), w13, w2, LIMIT))
 
 

@@ -12,6 +12,7 @@ from twins import DEVICE, GPU, poisoned, twin
 from whalepod.engine.request import Adjust, Sampling
 from whalepod.engine.sampler import sample as draw_rows
 from whalepod.kernels import sample_triton
+from whalepod.kernels.draw import best_tokens
 from whalepod.kernels.sample import sample
 
 pytestmark = pytest.mark.triton
@@ -137,3 +138,18 @@ def test_the_engine_draws_the_tokens_of_the_cpu() -> None:
     made = draw_rows(logits.cuda(), settings, positions, histories)
     assert [d.token for d in made] == [d.token for d in wanted]
     assert [d.logprob for d in made] == pytest.approx([d.logprob for d in wanted], abs=1e-4)
+
+
+def test_the_best_token_and_norm_of_a_row_do_not_depend_on_its_company() -> None:
+    logits = 3 * torch.randn(9, SIZES[0], device=DEVICE).mul(4).round().div(4)  # with ties
+    with poisoned():
+        places, norms = twin(best_tokens)(logits)
+    wanted, wanted_norms = best_tokens.reference(logits)
+    assert torch.equal(places, wanted)
+    torch.testing.assert_close(norms, wanted_norms, atol=2e-5, rtol=1e-6)
+    assert twin(best_tokens)(logits[:0])[0].shape == (0,)
+    for n in (0, 8):
+        place, norm = twin(best_tokens)(logits[n : n + 1])
+        assert (int(place), float(norm)) == (int(places[n]), float(norms[n]))
+    _, drawn = twin(sample)(logits, settings((0.0, 0, 1.0, OFF), 9))
+    assert torch.equal(drawn, logits.gather(1, places.unsqueeze(1)).squeeze(1) - norms)
