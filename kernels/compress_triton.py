@@ -25,8 +25,9 @@ from whalepod.kernels.rope import turned
 if TYPE_CHECKING:
     from whalepod.kernels.compress import Pooling
 
-# Slots times channels of a program, and threads for it.
-_TILE, _WARPS = 8192, 8
+# Slots times channels of a program: decoding reads rings, of which more are on their way with small tiles.
+_DECODE_TILE, _CHUNK_TILE = 4096, 8192
+_OF_A_WARP = 1024
 
 
 @jit
@@ -106,13 +107,10 @@ def decode_kernel(
     own, here = rows + n * stride + channel, ring + (position % R) * (2 * C) + channel
     value = tl.load(own, mask=kept, other=0.0)
     logit = tl.load(own + C, mask=kept, other=0.0) + tl.load(bias, mask=kept, other=0.0)
-    tl.store(here, value, mask=kept)
-    tl.store(here + C, logit, mask=kept)
+    first, first_logit = value, logit
     if OVERLAP:  # the second half of the channels is the one that its own window pools
         value = tl.load(own + D, mask=kept, other=0.0)
         logit = tl.load(own + C + D, mask=kept, other=0.0) + tl.load(bias + D, mask=kept, other=0.0)
-        tl.store(here + D, value, mask=kept)
-        tl.store(here + C + D, logit, mask=kept)
     if (position + 1) % RATIO == 0:
         j = tl.arange(0, J)
         before = position - (J - 1) + j
@@ -135,6 +133,12 @@ def decode_kernel(
             dense, data, wide, STRIDE, COUNT, DATA, SCALES, D, PAIRS, ROUNDING, PAGED, KIND, FACTOR,
             CUTS, WIDTH, pools,
         )  # fmt: skip
+    # Behind the loads of the window, none of which reads this row: before them they would hold them up.
+    tl.store(here, first, mask=kept)
+    tl.store(here + C, first_logit, mask=kept)
+    if OVERLAP:
+        tl.store(here + D, value, mask=kept)
+        tl.store(here + C + D, logit, mask=kept)
 
 
 @jit
@@ -166,9 +170,11 @@ def chunk_kernel(
         ape + (tl.maximum(position, 0) % RATIO)[:, None] * C + column, mask=new, other=0.0
     )
     logits = tl.load(own + C, mask=new, other=float("-inf")) + bias
+    whole = window < end // RATIO
+    values = tl.load(own, mask=new & whole, other=0.0)  # before the store, which would hold it up
     tl.store(own + C, logits, mask=new)
-    if window < end // RATIO:
-        values = tl.load(own, mask=new, other=0.0) + tl.load(ring, mask=old, other=0.0)
+    if whole:
+        values += tl.load(ring, mask=old, other=0.0)
         logits = tl.maximum(logits, tl.load(ring + C, mask=old, other=float("-inf")))
         logits = tl.where(kept, logits, 0.0)
         _finish(
@@ -179,11 +185,13 @@ def chunk_kernel(
         )  # fmt: skip
 
 
-def _shared(rows: Tensor, how: Pooling, storage: Storage, pairs: int, many: int) -> dict[str, Any]:
+def _shared(
+    rows: Tensor, how: Pooling, storage: Storage, pairs: int, many: int, tile: int
+) -> dict[str, Any]:
     """Keyword arguments that both kernels take, for `many` windows."""
     size, slots = len(how.norm_D), how.slots
     spread = layout(storage, how.dtype, size, pairs, how.rounding)
-    cols = min(spread["WIDTH"], max(32, _TILE // slots))
+    cols = min(spread["WIDTH"], max(32, tile // slots))
     parts = triton.cdiv(spread["WIDTH"], cols)
     return spread | {
         "pools": rows.new_empty(many, size),
@@ -195,7 +203,7 @@ def _shared(rows: Tensor, how: Pooling, storage: Storage, pairs: int, many: int)
         "WINDOW_COLS": cols,
         **FIXED,
         **early(),
-        "num_warps": max(1, _WARPS * cols * slots // _TILE),
+        "num_warps": max(1, cols * slots // _OF_A_WARP),
     }
 
 
@@ -206,7 +214,7 @@ def decode(
     """Twin of `compress_decode`."""
     count = len(rows_N2C)
     turns = torch.view_as_real(turns_NP).contiguous()
-    more = _shared(rows_N2C, how, entries, turns.shape[1], count)
+    more = _shared(rows_N2C, how, entries, turns.shape[1], count, _DECODE_TILE)
     if count:
         decode_kernel[(count, more["PARTS"])](
             rows_N2C, how.ape_JC, raw_SR2C, how.norm_D, turns, slots_N, positions_N, blocks_N,
@@ -223,7 +231,7 @@ def chunk(
     turns = torch.view_as_real(turns_XP).contiguous()
     # Windows with a new row, and one more that owns the first halves of the last of them.
     many = (end - 1) // how.ratio - start // how.ratio + 1 + how.overlap
-    more = _shared(rows_T2C, how, entries, turns.shape[1], many)
+    more = _shared(rows_T2C, how, entries, turns.shape[1], many, _CHUNK_TILE)
     if end > start:
         chunk_kernel[(many, more["PARTS"])](
             rows_T2C, how.ape_JC, raw_R2C, how.norm_D, turns, flat_X, stride=rows_T2C.stride(0),

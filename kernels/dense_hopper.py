@@ -15,11 +15,11 @@ Scales = tuple[Tensor, Tensor]
 
 _PROCESSORS = 132
 _FILL = 90  # programs that occupy a GPU if each needs all of a processor
-_FEWER = (
-    48  # programs so few that parts pay for up to 256 rows, whose sums are written and read again
-)
+# Programs so few that parts pay for up to 256 rows, whose sums are written and read again; not in FP8.
+_FEWER = 48
 _LONG = 4096  # columns that are too many for one program after the other, where few programs are
-_WIDE_FILL = {64: 200, 128: 100}  # likewise of two warp groups that share inputs, by their rows
+# Likewise of two warp groups that share inputs, by their rows, whole and in parts.
+_WIDE_FILL = {64: (200, 200), 128: (96, 100)}
 _QUANT_ROWS = 256  # beyond them the plain kernel's large tiles pay
 
 
@@ -53,17 +53,20 @@ def cut_of(kind: Kind, rows: int, outputs: int, columns: int, groups: int, chunk
         return -(-outputs // n) * -(-rows // m) * groups
 
     few = programs(64, tall) < _FILL
-    fewer = rows <= 128 or (rows <= 256 and programs(64, 128) <= _FEWER)
-    apart = few and fewer and chunks > 1 and columns >= _LONG
+    fewer = rows <= 128 or (kind != "fp8" and rows <= 256 and programs(64, 128) <= _FEWER)
+    # Square tiles may be enough without parts, where they are not too long.
+    fills = kind == "fp8" and columns < 2 * _LONG and programs(64, 64) >= _FILL and rows > 64
+    apart = few and fewer and not fills and chunks > 1 and columns >= _LONG
     many = programs(128, tall) * (chunks if apart else 1)
     if kind == "bf16" and not apart and many > 2 * _PROCESSORS:
         if 128 < rows <= 256 and chunks == 1 and programs(128, 256) >= _FILL:
             return Cut(128, 256, 8, 2, False)
         return Cut(128, tall, 8, 2 if tall == 64 else 3, False)
-    if kind == "fp8" and many >= _WIDE_FILL[tall]:
+    if kind == "fp8" and many >= _WIDE_FILL[tall][apart]:
         deep = 3 if tall == 64 else 2 if chunks == 1 else 4
         return Cut(128, tall, 8, deep, apart)
-    if kind != "quant" and tall == 128 and (apart or not few):
+    square = few and not (kind == "fp8" and programs(64, 64) > _PROCESSORS)
+    if kind != "quant" and tall == 128 and (apart or not square):
         alone = programs(64, 128) * (chunks if apart else 1) <= _PROCESSORS
         return Cut(64, 128, 4, 2 if not alone else 4 if kind == "fp8" else 3, apart)
     return Cut(64, 64, 4, 3 if kind == "bf16" else 4, apart)

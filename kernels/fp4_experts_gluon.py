@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from whalepod.kernels.overlap_gluon import barrier, begin
 
@@ -59,25 +60,24 @@ def widened(codes, scales, block, WORDS: gl.constexpr):
 
 
 @gluon.jit
-def fetch(x, w, ws, live, codes, scales, inputs, stage, STEP: gl.constexpr):
-    """Start copying a stage: two blocks of codes and scales, and the inputs of rows that are real."""
+def fetch(w, ws, codes, scales, stage, STEP: gl.constexpr):
+    """Start copying two blocks of codes and scales to a stage."""
     for b in gl.static_range(2):
         async_copy.async_copy_global_to_shared(codes.index(stage * 2 + b), w + b * STEP * 32)
         async_copy.async_copy_global_to_shared(scales.index(stage * 2 + b), ws + b * STEP)
-    async_copy.async_copy_global_to_shared(inputs.index(stage), x, mask=live)
 
 
 @gluon.jit
 def products(
     x, w, ws, live, STEP: gl.constexpr, PAIRS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr,
-    STAGES: gl.constexpr, TOGETHER: gl.constexpr, ACC: gl.constexpr,
+    STAGES: gl.constexpr, TOGETHER: gl.constexpr, ACC: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """`[BN, BM]`: a tile of a matrix with a block's inputs; columns of rows that are not real are anything.
 
     Args:
         x: `[BM, 256]`, where the first two blocks of the inputs are. live: `[BM, 1]`.
         w, ws: `[BN, 32]` and `[BN]`, where the first block's codes and scales are. STEP: rows of a matrix.
-        PAIRS: of blocks of columns.
+        PAIRS: of blocks of columns. EARLY: the kernel begins here, with its first weights on their way.
     """
     WORDS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     NARROW: gl.constexpr = gl.NVMMASharedLayout(64, 16, 2)
@@ -89,17 +89,11 @@ def products(
     scales = gl.allocate_shared_memory(gl.int32, [STAGES * 2, BN], flat)
     for s in gl.static_range(STAGES - 1):
         if s < PAIRS:
-            fetch(
-                x + s * 256,
-                w + s * STEP * 64,
-                ws + s * STEP * 2,
-                live,
-                codes,
-                scales,
-                inputs,
-                s,
-                STEP,
-            )
+            fetch(w + s * STEP * 64, ws + s * STEP * 2, codes, scales, s, STEP)
+    begin(EARLY)
+    for s in gl.static_range(STAGES - 1):
+        if s < PAIRS:
+            async_copy.async_copy_global_to_shared(inputs.index(s), x + s * 256, mask=live)
         async_copy.commit_group()
     x += (STAGES - 1) * 256
     w += (STAGES - 1) * STEP * 64
@@ -110,7 +104,8 @@ def products(
         async_copy.wait_group(STAGES - 2)
         barrier()  # this pair is there for all, and all have multiplied the one before
         if j + STAGES - 1 < PAIRS:
-            fetch(x, w, ws, live, codes, scales, inputs, free, STEP)
+            fetch(w, ws, codes, scales, free, STEP)
+            async_copy.async_copy_global_to_shared(inputs.index(free), x, mask=live)
         async_copy.commit_group()  # an empty one, too: what is waited for is counted in groups
         x += 256
         w += STEP * 64
@@ -164,6 +159,8 @@ def gate_up_kernel(
 ):  # fmt: skip
     """As `fp4_experts_triton.gate_up_kernel`."""
     begin(EARLY)
+    if not EARLY:
+        gdc_launch_dependents()  # `down` may come early all the same
     HALF: gl.constexpr = BN // 2
     BLOCKS: gl.constexpr = COLUMNS // 128
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BM, 16])
@@ -189,7 +186,7 @@ def gate_up_kernel(
             gl.expand_dims(from_x, 1) + gl.expand_dims(columns, 0),
             gl.expand_dims(w, 1) + gl.expand_dims(column, 0),
             scales + first + f % HALF + f // HALF * WIDTH, gl.expand_dims(live, 1), 2 * WIDTH,
-            BLOCKS // 2, BN, BM, STAGES, TOGETHER, ACC,
+            BLOCKS // 2, BN, BM, STAGES, TOGETHER, ACC, False,
         )  # fmt: skip
         kind: gl.constexpr = inner.dtype.element_ty
         acc = (acc * gl.load(gain + slot)).to(kind)
@@ -216,8 +213,7 @@ def down_kernel(
     BM: gl.constexpr, LEAST: gl.constexpr, EXPERTS: gl.constexpr, STAGES: gl.constexpr,
     TOGETHER: gl.constexpr, EARLY: gl.constexpr = False,
 ):  # fmt: skip
-    """As `fp4_experts_triton.down_kernel`."""
-    begin(EARLY)
+    """As `fp4_experts_triton.down_kernel`. Before it waits for `gate_up` it reads what that one has, too."""
     BLOCKS: gl.constexpr = COLUMNS // 128
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BM, 16])
     LX: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
@@ -228,26 +224,26 @@ def down_kernel(
     ours, slot, at, live, row = block_of(
         order, slots, starts, stops, used, block, EXPERTS, LEAST, BM, gl.SliceLayout(1, LX)
     )
-    if ours:
-        kind: gl.constexpr = out.dtype.element_ty
-        own: gl.constexpr = gl.SliceLayout(0, L)
-        n = tile * BN + gl.arange(0, BN, gl.SliceLayout(1, L))
-        to = gl.convert_layout(row, own).to(gl.int64)
-        real = gl.convert_layout(live.to(gl.int32), own) != 0
-        where = out + gl.expand_dims(to * D, 0) + gl.expand_dims(n, 1)
-        inside = gl.expand_dims(real, 0) & gl.expand_dims(n < D, 1)
-        if slot >= 0:
-            first = slot.to(gl.int64) * (BLOCKS * D) + tile * BN
-            w = codes + (first + gl.arange(0, BN, gl.SliceLayout(1, LW))) * 32
-            column = gl.arange(0, 32, gl.SliceLayout(0, LW))
-            columns = gl.arange(0, 256, gl.SliceLayout(0, LX))
-            acc = products(
-                gl.expand_dims(inner + at.to(gl.int64) * COLUMNS, 1) + gl.expand_dims(columns, 0),
-                gl.expand_dims(w, 1) + gl.expand_dims(column, 0),
-                scales + first + gl.arange(0, BN, FLAT), gl.expand_dims(live, 1), D, BLOCKS // 2, BN,
-                BM, STAGES, TOGETHER, ACC,
-            )  # fmt: skip
-            acc = (acc * gl.load(gain + slot)).to(kind)
-            gl.store(where, gl.convert_layout(acc, L), mask=inside)
-        else:
-            gl.store(where, gl.zeros([BN, BM], kind, L), mask=inside)
+    kind: gl.constexpr = out.dtype.element_ty
+    own: gl.constexpr = gl.SliceLayout(0, L)
+    n = tile * BN + gl.arange(0, BN, gl.SliceLayout(1, L))
+    to = gl.convert_layout(row, own).to(gl.int64)
+    real = gl.convert_layout(live.to(gl.int32), own) != 0
+    where = out + gl.expand_dims(to * D, 0) + gl.expand_dims(n, 1)
+    inside = gl.expand_dims(real, 0) & gl.expand_dims(n < D, 1) & ours
+    if ours & (slot >= 0):
+        first = slot.to(gl.int64) * (BLOCKS * D) + tile * BN
+        w = codes + (first + gl.arange(0, BN, gl.SliceLayout(1, LW))) * 32
+        column = gl.arange(0, 32, gl.SliceLayout(0, LW))
+        columns = gl.arange(0, 256, gl.SliceLayout(0, LX))
+        acc = products(
+            gl.expand_dims(inner + at.to(gl.int64) * COLUMNS, 1) + gl.expand_dims(columns, 0),
+            gl.expand_dims(w, 1) + gl.expand_dims(column, 0),
+            scales + first + gl.arange(0, BN, FLAT), gl.expand_dims(live, 1), D, BLOCKS // 2, BN,
+            BM, STAGES, TOGETHER, ACC, EARLY,
+        )  # fmt: skip
+        acc = (acc * gl.load(gain + slot)).to(kind)
+        gl.store(where, gl.convert_layout(acc, L), mask=inside)
+    else:
+        begin(EARLY)  # or what follows would come before what is waited for
+        gl.store(where, gl.zeros([BN, BM], kind, L), mask=inside)
