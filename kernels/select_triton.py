@@ -22,6 +22,7 @@ _DIGIT = 8
 _BLOCK = 2048
 # Rows of up to so many scores are one program's.
 _SMALL = 8192
+_OF_A_WARP = 1024
 
 
 @jit
@@ -43,29 +44,48 @@ def threshold_digit(counts, wanted, BINS: tl.constexpr):
 
 
 @jit
-def small_kernel(
-    scores, out, E, stride, COUNT, BLOCK: tl.constexpr, DIGIT: tl.constexpr,
-    EARLY: tl.constexpr = False,
-):  # fmt: skip
-    """Grid (R): a whole row in registers."""
+def _from(key, real, mid):
+    """How many keys are at least this one; none is 2^31 - 1."""
+    return tl.sum((real & (key >= tl.minimum(mid, 2**31 - 1).to(tl.int32))).to(tl.int32))
+
+
+@jit
+def small_kernel(scores, out, E, stride, COUNT, BLOCK: tl.constexpr, EARLY: tl.constexpr = False):
+    """Grid (R): a whole row in registers. The threshold is found by bisection: three counts a turn.
+
+    From `low` on there are at least as many as wanted, from `high` on fewer.
+    """
     begin(EARLY)
-    BINS: tl.constexpr = 1 << DIGIT
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     real = at < E
-    key = ordered(tl.load(scores + row * stride + at, mask=real, other=0.0))
-    wanted = COUNT
-    least = tl.zeros([], tl.uint32)
-    agree = real
-    for turn in tl.static_range(32 // DIGIT):
-        digits = ((key >> (32 - DIGIT * (turn + 1))) & (BINS - 1)).to(tl.int32)
-        counts = tl.histogram(digits, BINS, mask=agree)
-        digit, wanted = threshold_digit(counts, wanted, BINS)
-        agree = agree & (digits == digit)
-        least = (least << DIGIT) | digit.to(tl.uint32)
-    above = real & (key > least)
-    equal = real & (key == least)
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= wanted))
+    bits = (tl.load(scores + row * stride + at, mask=real, other=0.0) + 0.0).to(
+        tl.int32, bitcast=True
+    )
+    key = tl.minimum(bits ^ ((bits >> 31) & 0x7FFFFFFF), 2**31 - 2)  # in the order of the scores
+    low = tl.min(tl.where(real, key, 2**31 - 1)).to(tl.int64)
+    high, found = tl.max(tl.where(real, key, -(2**31))).to(tl.int64) + 1, E
+    while (found > COUNT) & (high - low > 1):
+        step = tl.maximum((high - low) // 4, 1)
+        a, b, c = low + step, low + 2 * step, low + 3 * step
+        from_a, from_b, from_c = _from(key, real, a), _from(key, real, b), _from(key, real, c)
+        high = tl.where(
+            from_a < COUNT, a, tl.where(from_b < COUNT, b, tl.where(from_c < COUNT, c, high))
+        )
+        low = tl.where(
+            from_c >= COUNT, c, tl.where(from_b >= COUNT, b, tl.where(from_a >= COUNT, a, low))
+        )
+        found = tl.where(
+            from_c >= COUNT, from_c,
+            tl.where(from_b >= COUNT, from_b, tl.where(from_a >= COUNT, from_a, found)),
+        )  # fmt: skip
+    least = low.to(tl.int32)
+    chosen = real & (key >= least)
+    if found > COUNT:  # ties at the threshold: the first of them
+        equal = real & (key == least)
+        wanted = COUNT - _from(key, real, low + 1)
+        rank = tl.cumsum(equal.to(tl.int32), 0)
+        chosen = chosen & ((key > least) | (rank <= wanted))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(out + row * COUNT + place, at.to(tl.int64), mask=chosen)
 
@@ -179,8 +199,9 @@ def _select(scores_RE: Tensor, count: int, block: int = _BLOCK, warps: int = 4) 
     stride = scores_RE.stride(0)
     if e <= _SMALL:
         size = max(256, triton.next_power_of_2(e))
+        warps = max(4, min(32, size // _OF_A_WARP))
         small_kernel[(rows,)](
-            scores_RE, out, e, stride, count, BLOCK=size, DIGIT=_DIGIT, num_warps=8, **early()
+            scores_RE, out, e, stride, count, BLOCK=size, num_warps=warps, **early()
         )
         return out
     blocks = triton.cdiv(e, block)
