@@ -6,7 +6,7 @@ S experts held here, R = T * K pairs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -168,55 +168,47 @@ def gate_up(
     Args:
         least, blocks: of the first `blocks`, those of more than `least` rows and at most `tiles.rows`.
     """
-    n, warps = tiles.up
-    programs = triton.cdiv(2 * out.shape[1], n)
     # One token's choice is one program, while the shared expert fills most processors on another branch: what
     # came early would share the few that have room.
     when = LATE if isinstance(way, Alone) else early()
-    cut = fp4_experts_hopper.cut_of(tiles.rows, isinstance(way, Alone))
-    if blocks and cut and fp4_experts_hopper.runs(x, w13, out.shape[1]):
-        sizes = {
-            "BM": tiles.rows,
-            "LEAST": least,
-            "EXPERTS": _experts(way),
-            "TOP": k,
-            "LIMIT": limit,
-        }
-        fp4_experts_hopper.gate_up(
-            blocks, x, w13, weights, _pointers(way), out, cut, {**sizes, **when}
-        )
-    elif blocks:
-        gate_up_kernel[(programs * blocks,)](
+    cut = fp4_experts_hopper.cut_of(x, w13, out.shape[1], tiles.rows, isinstance(way, Alone))
+    kernel = gate_up_kernel if cut is None else fp4_experts_hopper.gate_up_kernel
+    n, how = _cut(x, cut, tiles.up, tiles.stages)
+    programs = triton.cdiv(2 * out.shape[1], n)
+    if blocks:
+        kernel[(programs * blocks,)](
             x, w13.codes, w13.scales, w13.gain, weights, *_pointers(way), out, WIDTH=out.shape[1],
             COLUMNS=w13.columns, TOP=k, LIMIT=limit, TILES=programs, BN=n, BM=tiles.rows,
-            LEAST=least, EXPERTS=_experts(way), EXACT=_exact(x), num_warps=warps,
-            num_stages=tiles.stages, **when,
+            LEAST=least, EXPERTS=_experts(way), **how, **when,
         )  # fmt: skip
 
 
 def down(
-    inner: Tensor,
-    way: Route | Alone,
-    w2: Fp4Stack,
-    out: Tensor,
-    tiles: Tiles,
-    least: int,
+    inner: Tensor, way: Route | Alone, w2: Fp4Stack, out: Tensor, tiles: Tiles, least: int,
     blocks: int,
-) -> None:
+) -> None:  # fmt: skip
     """Rows of the route to `out[pair]`, `[R, D]`; arguments as for `gate_up`."""
-    n, warps = tiles.down
+    cut = fp4_experts_hopper.cut_of(inner, w2, w2.rows, tiles.rows, isinstance(way, Alone))
+    kernel = down_kernel if cut is None else fp4_experts_hopper.down_kernel
+    n, how = _cut(inner, cut, tiles.down, tiles.stages)
     programs = triton.cdiv(w2.rows, n)
-    cut = fp4_experts_hopper.cut_of(tiles.rows, isinstance(way, Alone))
-    if blocks and cut and fp4_experts_hopper.runs(inner, w2, w2.rows):
-        sizes = {"BM": tiles.rows, "LEAST": least, "EXPERTS": _experts(way)}
-        fp4_experts_hopper.down(blocks, inner, w2, _pointers(way), out, cut, {**sizes, **early()})
-    elif blocks:
-        down_kernel[(programs * blocks,)](
+    if blocks:
+        kernel[(programs * blocks,)](
             inner, w2.codes, w2.scales, w2.gain, *_pointers(way), out, D=w2.rows,
             COLUMNS=w2.columns, TILES=programs, BN=n, BM=tiles.rows, LEAST=least,
-            EXPERTS=_experts(way), EXACT=_exact(inner), num_warps=warps, num_stages=tiles.stages,
-            **early(),
+            EXPERTS=_experts(way), **how, **early(),
         )  # fmt: skip
+
+
+def _cut(
+    x: Tensor, cut: fp4_experts_hopper.Cut | None, tile: tuple[int, int], stages: int
+) -> tuple[int, dict[str, Any]]:
+    """Outputs of a program, and what the kernel that suits takes besides."""
+    if cut is None:
+        return tile[0], {"EXACT": _exact(x), "num_warps": tile[1], "num_stages": stages}
+    return cut.outputs, {
+        "STAGES": cut.stages, "TOGETHER": cut.together, "num_warps": cut.warps,
+    }  # fmt: skip
 
 
 def _exact(x: Tensor) -> bool:

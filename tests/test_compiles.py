@@ -202,10 +202,9 @@ def test_experts_of_one_token() -> None:
 @pytest.mark.parametrize(("rows", "alone"), [(16, True), (16, False)])
 def test_experts_in_gluon(rows: int, alone: bool) -> None:
     from whalepod.kernels.fp4_experts_gluon import down_kernel, gate_up_kernel
-    from whalepod.kernels.fp4_experts_hopper import cut_of
+    from whalepod.kernels.fp4_experts_hopper import _ALONE, _CUTS
 
-    cut = cut_of(rows, alone)
-    assert cut is not None
+    cut = _ALONE if alone else _CUTS[rows]
     types = dict.fromkeys(("x", "inner", "out"), BF16) | {"codes": I16, "scales": I32}
     types |= {"gain": FP32, "weights": FP32, "order": I32, "slots": I64 if alone else I32}
     route = ("starts", "stops", "used")
