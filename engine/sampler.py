@@ -68,7 +68,7 @@ def sample(
     Returns:
         one `Drawn` a row. Greedy ties go to the lowest id.
     """
-    drawn = _sound(_draw_all(logits_NV, settings, positions, histories, grammars))
+    drawn = _draw_all(logits_NV, settings, positions, histories, grammars)
     if not any(s.alternatives for s in settings):
         return drawn
     return [
@@ -121,7 +121,7 @@ def _draw_all(
             tokens.append(draw(logits_NV[i] if row is None else row, s, positions[i]))
     at = torch.tensor(tokens, device=logits_NV.device).clamp(min=0).unsqueeze(-1)
     chosen = logits_NV.gather(1, at).squeeze(1) - norm_N
-    return [Drawn(t, p) for t, p in zip(tokens, chosen.tolist(), strict=True)]
+    return _sound([Drawn(t, p) for t, p in zip(tokens, chosen.tolist(), strict=True)])
 
 
 def _mostly_on_device(

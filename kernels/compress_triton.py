@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from whalepod.kernels.compress import Pooling
 
 # Slots times channels of a program: decoding reads rings, of which more are on their way with small tiles.
-_DECODE_TILE, _CHUNK_TILE = 4096, 8192
-_OF_A_WARP = 1024
+# And how many of them are a warp's.
+_DECODE_TILE, _CHUNK_TILE, _OF_A_WARP = 4096, 8192, 1024
 
 
 @jit

@@ -172,11 +172,11 @@ def gate_up(
     # came early would share the few that have room.
     when = LATE if isinstance(way, Alone) else early()
     cut = fp4_experts_hopper.cut_of(x, w13, out.shape[1], tiles.rows, isinstance(way, Alone))
-    kernel = gate_up_kernel if cut is None else fp4_experts_hopper.gate_up_kernel
+    source = fp4_experts_triton if cut is None else fp4_experts_gluon
     n, how = _cut(x, cut, tiles.up, tiles.stages)
     programs = triton.cdiv(2 * out.shape[1], n)
     if blocks:
-        kernel[(programs * blocks,)](
+        source.gate_up_kernel[(programs * blocks,)](
             x, w13.codes, w13.scales, w13.gain, weights, *_pointers(way), out, WIDTH=out.shape[1],
             COLUMNS=w13.columns, TOP=k, LIMIT=limit, TILES=programs, BN=n, BM=tiles.rows,
             LEAST=least, EXPERTS=_experts(way), **how, **when,
@@ -189,11 +189,11 @@ def down(
 ) -> None:  # fmt: skip
     """Rows of the route to `out[pair]`, `[R, D]`; arguments as for `gate_up`."""
     cut = fp4_experts_hopper.cut_of(inner, w2, w2.rows, tiles.rows, isinstance(way, Alone))
-    kernel = down_kernel if cut is None else fp4_experts_hopper.down_kernel
+    source = fp4_experts_triton if cut is None else fp4_experts_gluon
     n, how = _cut(inner, cut, tiles.down, tiles.stages)
     programs = triton.cdiv(w2.rows, n)
     if blocks:
-        kernel[(programs * blocks,)](
+        source.down_kernel[(programs * blocks,)](
             inner, w2.codes, w2.scales, w2.gain, *_pointers(way), out, D=w2.rows,
             COLUMNS=w2.columns, TILES=programs, BN=n, BM=tiles.rows, LEAST=least,
             EXPERTS=_experts(way), **how, **early(),
@@ -217,4 +217,4 @@ def _exact(x: Tensor) -> bool:
 
 
 if triton is not None:
-    from whalepod.kernels.fp4_experts_triton import down_kernel, gate_up_kernel
+    from whalepod.kernels import fp4_experts_gluon, fp4_experts_triton

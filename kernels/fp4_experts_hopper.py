@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.fp4 import Fp4Stack
-from whalepod.kernels.jit import on_hopper, triton
+from whalepod.kernels.jit import on_hopper
 
 
 class Cut(NamedTuple):
@@ -34,9 +34,3 @@ def cut_of(x: Tensor, stack: Fp4Stack, outputs: int, rows: int, alone: bool) -> 
     if not (whole and x.dtype == torch.bfloat16 and on_hopper(x.device)):
         return None
     return _ALONE if alone else _CUTS.get(rows)
-
-
-if triton is not None:
-    from whalepod.kernels.fp4_experts_gluon import down_kernel, gate_up_kernel
-
-    __all__ = ["Cut", "cut_of", "down_kernel", "gate_up_kernel"]

@@ -2,9 +2,11 @@
 
 A kernel begins with `begin(EARLY)`: it waits until everything before it is done and visible, then lets its
 successor start, which waits in turn. The other way round, successors of successors would start, too, and
-their programs lie where those of the next kernel belong. Before it waits, a kernel reads weights alone:
-no kernel of a step writes them. Every launch passes `**early()`, or `**LATE` where programs that came early
-would lie crowded together. Needs Hopper or later; elsewhere nothing changes.
+their programs lie where those of the next kernel belong. Before it waits, a kernel reads weights, which no
+kernel of a step writes, and what the kernel before it has waited for itself (`fp4_experts_gluon.py`), nothing
+else. Every launch passes `**early()`, or `**LATE` where programs that came early would lie crowded together: it
+starts when all before it is done, and so may let its successor start at once. Needs Hopper or later; elsewhere
+nothing changes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantiles of weighted candidates by bisection, for `sample_triton`.
+"""Thresholds by bisection, three counts a turn: quantiles of weighted candidates, for `sample_triton`.
 
 Candidates are keys, int32, whose order is that of their logits, and whole weights: sums are exact.
 """
@@ -7,6 +7,28 @@ Candidates are keys, int32, whose order is that of their logits, and whole weigh
 from __future__ import annotations
 
 from whalepod.kernels.jit import jit, tl
+
+
+@jit
+def key_of(x):
+    """A whole number for each fp32 one, in their order; -0 is 0."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@jit
+def between(low, high):
+    """Three keys that cut `low .. high` in four."""
+    step = tl.maximum((high - low) // 4, 1)
+    return low + step, low + 2 * step, low + 3 * step
+
+
+@jit
+def closer(need, low, high, a, b, c, from_a, from_b, from_c):
+    """The part of `low .. high` where `need` is reached, given what is reached from each of three keys on."""
+    low = tl.where(from_c >= need, c, tl.where(from_b >= need, b, tl.where(from_a >= need, a, low)))
+    bound = tl.where(from_b >= need, c, tl.where(from_a >= need, b, a))
+    return low, tl.minimum(high, tl.where(from_c >= need, high, bound))
 
 
 @jit
@@ -38,14 +60,9 @@ def quantile(need, low, high, key, weight, keys, weights, length, COUNT: tl.cons
     From `low` on it is reached, from `high` on not. Also returns the weight that is taken then.
     """
     while high - low > 1:
-        step = tl.maximum((high - low) // 4, 1)
-        a, b, c = low + step, low + 2 * step, low + 3 * step
+        a, b, c = between(low, high)
         from_a, from_b, from_c = _from(a, b, c, key, weight, keys, weights, length, COUNT, TILE)
-        low = tl.where(
-            from_c >= need, c, tl.where(from_b >= need, b, tl.where(from_a >= need, a, low))
-        )
-        bound = tl.where(from_b >= need, c, tl.where(from_a >= need, b, a))
-        high = tl.minimum(high, tl.where(from_c >= need, high, bound))
+        low, high = closer(need, low, high, a, b, c, from_a, from_b, from_c)
     numbers, above, _c = _from(
         low, low + 1, low + 1, key, weight, keys, weights, length, True, TILE
     )

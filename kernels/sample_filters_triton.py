@@ -7,7 +7,7 @@ A row's candidates are told by bins of an eighth of a step from the best one, an
 from __future__ import annotations
 
 from whalepod.kernels.jit import jit, tl
-from whalepod.kernels.quantile_triton import quantile
+from whalepod.kernels.quantile_triton import key_of, quantile
 
 
 @jit
@@ -80,13 +80,6 @@ def _kept(start, i, length, low, rank, ties, keys, weights):
     keep = ((key > low.to(tl.int32)) & (j < length)) | (tie & (order <= rank))
     weight = tl.load(weights + j, mask=keep, other=0)
     return weight, ties + tl.sum(tie.to(tl.int32))
-
-
-@jit
-def key_of(x):
-    """A whole number for each logit, in their order; -0 is 0."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @jit

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from whalepod.kernels.jit import jit, tl, triton
+from whalepod.kernels.quantile_triton import key_of
 from whalepod.kernels.sample_filters_triton import (
     bracket_kernel,
     bucket_of,
     drawn,
     filters,
     kept_token,
-    key_of,
 )
 
 # Elements of a slice; candidates held in registers, many or few; rows at once, which bounds the memory they take.

@@ -1,6 +1,7 @@
-"""Exact top-k by radix on GPUs: the threshold's bits first, then places in order.
+"""Exact top-k on GPUs: the threshold first, then places in order.
 
-Scores become integers that sort alike. Each pass counts one digit of those that agree with the
+Scores become integers that sort alike. A row of few is one program's, which finds the threshold by bisection.
+Many are cut in blocks, and the threshold is found by radix: each pass counts one digit of those that agree with the
 threshold so far; the last pass knows how many exceed it before each block and how many equals it
 may take, so every block writes its own picks in order. Counts are integers: no sum depends on the
 order of blocks.
@@ -15,14 +16,14 @@ from torch import Tensor
 
 from whalepod.kernels.jit import jit, runs, tl, triton
 from whalepod.kernels.overlap import begin, early
+from whalepod.kernels.quantile_triton import between, closer, key_of
 from whalepod.kernels.select import select
 
 # Bits of a digit, least significant last, and the place of each digit.
 _DIGIT = 8
 _BLOCK = 2048
-# Rows of up to so many scores are one program's.
-_SMALL = 8192
-_OF_A_WARP = 1024
+# Rows of up to so many scores are one program's, with a warp for so many of them.
+_SMALL, _OF_A_WARP = 8192, 1024
 
 
 @jit
@@ -59,26 +60,16 @@ def small_kernel(scores, out, E, stride, COUNT, BLOCK: tl.constexpr, EARLY: tl.c
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     real = at < E
-    bits = (tl.load(scores + row * stride + at, mask=real, other=0.0) + 0.0).to(
-        tl.int32, bitcast=True
-    )
-    key = tl.minimum(bits ^ ((bits >> 31) & 0x7FFFFFFF), 2**31 - 2)  # in the order of the scores
+    x = tl.load(scores + row * stride + at, mask=real, other=0.0)
+    key = tl.minimum(key_of(x), 2**31 - 2)
     low = tl.min(tl.where(real, key, 2**31 - 1)).to(tl.int64)
     high, found = tl.max(tl.where(real, key, -(2**31))).to(tl.int64) + 1, E
     while (found > COUNT) & (high - low > 1):
-        step = tl.maximum((high - low) // 4, 1)
-        a, b, c = low + step, low + 2 * step, low + 3 * step
+        a, b, c = between(low, high)
         from_a, from_b, from_c = _from(key, real, a), _from(key, real, b), _from(key, real, c)
-        high = tl.where(
-            from_a < COUNT, a, tl.where(from_b < COUNT, b, tl.where(from_c < COUNT, c, high))
-        )
-        low = tl.where(
-            from_c >= COUNT, c, tl.where(from_b >= COUNT, b, tl.where(from_a >= COUNT, a, low))
-        )
-        found = tl.where(
-            from_c >= COUNT, from_c,
-            tl.where(from_b >= COUNT, from_b, tl.where(from_a >= COUNT, from_a, found)),
-        )  # fmt: skip
+        low, high = closer(COUNT, low, high, a, b, c, from_a, from_b, from_c)
+        at_low = tl.where(from_b >= COUNT, from_b, tl.where(from_a >= COUNT, from_a, found))
+        found = tl.where(from_c >= COUNT, from_c, at_low)
     least = low.to(tl.int32)
     chosen = real & (key >= least)
     if found > COUNT:  # ties at the threshold: the first of them

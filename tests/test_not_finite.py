@@ -59,7 +59,7 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite(
     assert [all_rows[0], all_rows[6]] == sound
 
 
-def test_the_norm_of_a_row_with_a_nan_is_one() -> None:
+def test_the_norm_of_a_spoilt_row_is_not_finite_either() -> None:
     logits = spoilt(160)
     for found in (best_tokens(logits), best_tokens.reference(logits)):
         assert bool(((found[0] >= 0) & (found[0] < 160)).all())
