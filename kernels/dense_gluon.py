@@ -4,8 +4,9 @@ A program asks for its first blocks of weights before it waits for the kernel be
 written them: what is read most is on its way while that kernel still runs. An FP8 block is widened while
 the one before it is multiplied. Cuts and the order of sums are those of `dense_triton`.
 
-A tile is BN outputs by BM rows; a stage holds one block of 128 columns of weights and of inputs, in
-buffers of 128 bytes a row.
+A tile is BN outputs by BM rows; a stage holds SPAN columns of weights and of inputs, in buffers of 128
+bytes a row: one block of 128 columns, or half of one where a tile is so large that no whole ones would be on
+their way.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from whalepod.kernels.overlap_gluon import barrier, begin
 
 
 @gluon.jit
-def ask(rows, row, column, bar, buffers, stage):
-    """A stage's 128 columns from `column` on: as many buffers as they take."""
+def ask(rows, row, column, bar, buffers, stage, SPAN: gl.constexpr):
+    """A stage's columns from `column` on: as many buffers as they take."""
     WIDE: gl.constexpr = rows.block_shape[1]
-    for part in gl.static_range(128 // WIDE):
-        to = buffers.index(stage * (128 // WIDE) + part)
+    for part in gl.static_range(SPAN // WIDE):
+        to = buffers.index(stage * (SPAN // WIDE) + part)
         tma.async_copy_global_to_shared(rows, [row, column + part * WIDE], bar, to)
 
 
 @gluon.jit
 def ask_weights(w, n, b, group, bar, buffers, stage, N: gl.constexpr, BLOCKS: gl.constexpr,
-                KIND: gl.constexpr, BYTES: gl.constexpr):  # fmt: skip
-    """Block b of the outputs from n on. The stage is there when its inputs are, too."""
+                KIND: gl.constexpr, BYTES: gl.constexpr, SPAN: gl.constexpr):  # fmt: skip
+    """The b-th columns of the outputs from n on. The stage is there when its inputs are, too."""
     mbarrier.expect(bar, BYTES)
     if KIND == "bf16":
-        ask(w, group * N + n, b * 128, bar, buffers, stage)
+        ask(w, group * N + n, b * SPAN, bar, buffers, stage, SPAN)
     else:
         row = (group * BLOCKS + b) * N + n
         tma.async_copy_global_to_shared(w, [row, 0], bar, buffers.index(stage))
@@ -62,14 +63,14 @@ def times(a, x, at, acc, go_on):
 @gluon.jit
 def refill(x, w, i, first, count, column, m, n, group, bars, weights, inputs, N: gl.constexpr,
            BLOCKS: gl.constexpr, KIND: gl.constexpr, BYTES: gl.constexpr,
-           STAGES: gl.constexpr):  # fmt: skip
-    """All have multiplied block i - 1: its stage is free for a later one."""
+           STAGES: gl.constexpr, SPAN: gl.constexpr):  # fmt: skip
+    """All have multiplied the columns before the i-th: their stage is free for later ones."""
     barrier()
     if (i > 0) & (i + STAGES - 1 < count):
         free, later = (i - 1) % STAGES, i + STAGES - 1
         bar = bars.index(free)
-        ask_weights(w, n, first + later, group, bar, weights, free, N, BLOCKS, KIND, BYTES)
-        ask(x, m, column + later * 128, bar, inputs, free)
+        ask_weights(w, n, first + later, group, bar, weights, free, N, BLOCKS, KIND, BYTES, SPAN)
+        ask(x, m, column + later * SPAN, bar, inputs, free, SPAN)
 
 
 @gluon.jit
@@ -101,7 +102,7 @@ def sum_words(x, w, table, start, size, first, count, column, m, n, group, bars,
         i = start + j
         acc = times(high, inputs, 2 * (i % STAGES) + 1, acc, True)
         refill(x, w, i, first, count, column, m, n, group, bars, weights, inputs, N, BLOCKS, "fp8",
-               BYTES, STAGES)  # fmt: skip
+               BYTES, STAGES, 128)  # fmt: skip
         following = gl.minimum(i + 1, stop - 1)
         factor = scale_of(table, following)
         mbarrier.wait(bars.index(following % STAGES), following // STAGES % 2)
@@ -117,37 +118,56 @@ def sum_words(x, w, table, start, size, first, count, column, m, n, group, bars,
 
 
 @gluon.jit
-def sum_plain(x, w, xs, scales, first, count, column, m, n, group, live, bars, weights, inputs,
-              N: gl.constexpr, BLOCKS: gl.constexpr, CHUNK: gl.constexpr, KIND: gl.constexpr,
-              BYTES: gl.constexpr, STAGES: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
-    """A tile's sum over operands that are multiplied as they are, scaled after each block if "quant"."""
-    TALL: gl.constexpr = (N + 127) // 128
+def sum_rows(x, w, first, count, column, m, n, group, bars, weights, inputs, N: gl.constexpr,
+             CHUNK: gl.constexpr, WHOLE: gl.constexpr, BYTES: gl.constexpr, STAGES: gl.constexpr,
+             SPAN: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
+    """A tile's sum over bf16 columns, counted in stages: one is multiplied while others are on their way."""
+    PARTS: gl.constexpr = SPAN // 64
     BN: gl.constexpr = weights.shape[1]
     BM: gl.constexpr = inputs.shape[1]
     none = gl.zeros([BN, BM], gl.float32, ACC)
     total, i = none, 0
-    if KIND == "quant":
-        of_tile, of_rows = gl.load(scales), gl.load(xs, mask=live, other=0.0)
     for start in range(0, count, CHUNK):
         acc = none
         for b in range(start, gl.minimum(start + CHUNK, count)):
             stage = i % STAGES
             mbarrier.wait(bars.index(stage), i // STAGES % 2)
-            if KIND == "quant":
-                z = times(weights.index(stage), inputs, stage, none, False)
-            else:
-                z = times(weights.index(2 * stage), inputs, 2 * stage, acc, b > start)
-                z = times(weights.index(2 * stage + 1), inputs, 2 * stage + 1, z, True)
+            for part in gl.static_range(PARTS):
+                at = PARTS * stage + part
+                acc = times(weights.index(at), inputs, at, acc, (b > start) | (part > 0))
+            acc = warpgroup_mma_wait(PARTS, deps=[acc])  # for the stage before this one
+            refill(x, w, i, first, count, column, m, n, group, bars, weights, inputs, N, 0, "bf16",
+                   BYTES, STAGES, SPAN)  # fmt: skip
+            i += 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        total = acc if WHOLE else total + acc
+    return total
+
+
+@gluon.jit
+def sum_quant(x, w, xs, scales, first, count, column, m, n, group, live, bars, weights, inputs,
+              N: gl.constexpr, BLOCKS: gl.constexpr, CHUNK: gl.constexpr, BYTES: gl.constexpr,
+              STAGES: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
+    """A tile's sum over FP8 blocks that are multiplied as they are, each scaled after."""
+    TALL: gl.constexpr = (N + 127) // 128
+    BN: gl.constexpr = weights.shape[1]
+    BM: gl.constexpr = inputs.shape[1]
+    none = gl.zeros([BN, BM], gl.float32, ACC)
+    total, i = none, 0
+    of_tile, of_rows = gl.load(scales), gl.load(xs, mask=live, other=0.0)
+    for start in range(0, count, CHUNK):
+        acc = none
+        for _ in range(start, gl.minimum(start + CHUNK, count)):
+            stage = i % STAGES
+            mbarrier.wait(bars.index(stage), i // STAGES % 2)
+            z = times(weights.index(stage), inputs, stage, none, False)
             refill(x, w, i, first, count, column, m, n, group, bars, weights, inputs, N, BLOCKS,
-                   KIND, BYTES, STAGES)  # fmt: skip
-            if KIND == "quant":
-                both = none + gl.expand_dims(of_rows * of_tile, 0)
-                following = gl.minimum(i + 1, count - 1)
-                of_tile = gl.load(scales + following * TALL)
-                of_rows = gl.load(xs + following, mask=live, other=0.0)
-                acc = gl.fma(warpgroup_mma_wait(0, deps=[z]), both, acc)
-            else:
-                acc = warpgroup_mma_wait(0, deps=[z])
+                   "quant", BYTES, STAGES, 128)  # fmt: skip
+            both = none + gl.expand_dims(of_rows * of_tile, 0)
+            following = gl.minimum(i + 1, count - 1)
+            of_tile = gl.load(scales + following * TALL)
+            of_rows = gl.load(xs + following, mask=live, other=0.0)
+            acc = gl.fma(warpgroup_mma_wait(0, deps=[z]), both, acc)
             i += 1
         total = acc if CHUNK >= BLOCKS else total + acc
     return total
@@ -158,22 +178,23 @@ def dense_kernel(
     x, xs, w, ws, out, made, counters, M, N: gl.constexpr, COLUMNS: gl.constexpr,
     KIND: gl.constexpr, GROUPS: gl.constexpr, CHUNK: gl.constexpr, APART: gl.constexpr,
     JOIN: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
-    ROOM: gl.constexpr, EARLY: gl.constexpr = False,
+    SPAN: gl.constexpr, ROOM: gl.constexpr, EARLY: gl.constexpr = False,
 ):  # fmt: skip
     """As `dense_triton.dense_kernel`; `x` and `w` are descriptors of their rows."""
     BLOCKS: gl.constexpr = (COLUMNS + 127) // 128
     TALL: gl.constexpr = (N + 127) // 128
     WIDE: gl.constexpr = BLOCKS * 128 if KIND == "quant" else COLUMNS  # a row of inputs
-    PARTS: gl.constexpr = 1 if KIND == "quant" else 2  # buffers of a stage's inputs
-    OWN: gl.constexpr = 2 if KIND == "bf16" else 1  # and of its weights
+    PARTS: gl.constexpr = 1 if KIND == "quant" else SPAN // 64  # buffers of a stage's inputs
+    OWN: gl.constexpr = SPAN // 64 if KIND == "bf16" else 1  # and of its weights
+    PER: gl.constexpr = 128 // SPAN  # stages of a block
     BYTES: gl.constexpr = 128 * (BN * OWN + BM * PARTS)
     DEPTH: gl.constexpr = 32 if KIND == "quant" else 16
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BM, DEPTH])
     deep = gl.cdiv(M, BM)
     n, m = gl.program_id(0) // deep * BN, gl.program_id(0) % deep * BM
     chunk, group = gl.program_id(1), gl.program_id(2)
-    first = chunk * CHUNK if APART else 0
-    count = gl.minimum(CHUNK, BLOCKS - first) if APART else BLOCKS
+    first = chunk * (CHUNK * PER) if APART else 0
+    count = gl.minimum(CHUNK * PER, BLOCKS * PER - first) if APART else BLOCKS * PER
     weights = gl.allocate_shared_memory(w.dtype, [STAGES * OWN, BN, w.block_shape[1]], w.layout)
     inputs = gl.allocate_shared_memory(x.dtype, [STAGES * PARTS, BM, x.block_shape[1]], x.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -184,7 +205,7 @@ def dense_kernel(
     for s in gl.static_range(STAGES):
         if s < count:
             bar = bars.index(s)
-            ask_weights(w, n, first + s, group, bar, weights, s, N, BLOCKS, KIND, BYTES)
+            ask_weights(w, n, first + s, group, bar, weights, s, N, BLOCKS, KIND, BYTES, SPAN)
     scales = ws
     if KIND != "bf16":
         scales = ws + (group * BLOCKS + first) * TALL + n // 128
@@ -193,10 +214,10 @@ def dense_kernel(
         b = gl.arange(0, ROOM, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
         found = gl.load(scales + b * TALL, mask=b < count, other=0.0)
     begin(EARLY)
-    column = group * WIDE + first * 128
+    column = group * WIDE + first * SPAN
     for s in gl.static_range(STAGES):
         if s < count:
-            ask(x, m, column + s * 128, bars.index(s), inputs, s)
+            ask(x, m, column + s * SPAN, bars.index(s), inputs, s, SPAN)
     if KIND == "fp8":
         ONE: gl.constexpr = APART or CHUNK >= BLOCKS
         SIZE: gl.constexpr = BLOCKS if BLOCKS < CHUNK else CHUNK
@@ -222,13 +243,17 @@ def dense_kernel(
                     x, w, table, BLOCKS // CHUNK * CHUNK, BLOCKS % CHUNK, first, count, column, m,
                     n, group, bars, weights, inputs, N, BLOCKS, BYTES, STAGES, ACC,
                 )  # fmt: skip
+    elif KIND == "bf16":
+        total = sum_rows(
+            x, w, first, count, column, m, n, group, bars, weights, inputs, N, CHUNK * PER,
+            CHUNK >= BLOCKS, BYTES, STAGES, SPAN, ACC,
+        )  # fmt: skip
     else:
         row = m + gl.arange(0, BM, gl.SliceLayout(0, ACC))
-        if KIND == "quant":
-            xs += row.to(gl.int64) * (GROUPS * BLOCKS) + group * BLOCKS + first
-        total = sum_plain(
+        xs += row.to(gl.int64) * (GROUPS * BLOCKS) + group * BLOCKS + first
+        total = sum_quant(
             x, w, xs, scales, first, count, column, m, n, group, row < M, bars, weights, inputs, N,
-            BLOCKS, CHUNK, KIND, BYTES, STAGES, ACC,
+            BLOCKS, CHUNK, BYTES, STAGES, ACC,
         )  # fmt: skip
     finish(total, out, made, counters, chunk, group, n, m, M, N, BLOCKS, GROUPS, CHUNK, JOIN)
 

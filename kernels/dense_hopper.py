@@ -24,13 +24,14 @@ _QUANT_ROWS = 256  # beyond them the plain kernel's large tiles pay
 
 
 class Cut(NamedTuple):
-    """Outputs, rows, warps and stages of a program; whether chunks have programs of their own."""
+    """Outputs, rows, warps and stages of a program; whether chunks have programs of their own; columns of a stage."""
 
     outputs: int
     rows: int
     warps: int
     stages: int
     apart: bool
+    span: int = 128
 
 
 def runs(x: Tensor, w: Tensor, kind: Kind, columns: int, groups: int) -> bool:
@@ -59,8 +60,8 @@ def cut_of(kind: Kind, rows: int, outputs: int, columns: int, groups: int, chunk
     apart = few and fewer and not fills and chunks > 1 and columns >= _LONG
     many = programs(128, tall) * (chunks if apart else 1)
     if kind == "bf16" and not apart and many > 2 * _PROCESSORS:
-        if 128 < rows <= 256 and chunks == 1 and programs(128, 256) >= _FILL:
-            return Cut(128, 256, 8, 2, False)
+        if rows > 128 and -rows % 256 < 128 and chunks == 1 and programs(128, 256) >= _FILL:
+            return Cut(128, 256, 8, 4, False, 64)
         return Cut(128, tall, 8, 2 if tall == 64 else 3, False)
     if kind == "fp8" and many >= _WIDE_FILL[tall][apart]:
         deep = 3 if tall == 64 else 2 if chunks == 1 else 4
@@ -74,8 +75,8 @@ def cut_of(kind: Kind, rows: int, outputs: int, columns: int, groups: int, chunk
 
 def shared_bytes(kind: Kind, cut: Cut) -> int:
     """What a program keeps of weights and inputs."""
-    weights, inputs = {"fp8": (128, 256), "quant": (128, 128), "bf16": (256, 256)}[kind]
-    return cut.stages * (cut.outputs * weights + cut.rows * inputs)
+    weights, inputs = {"fp8": (1, 2), "quant": (1, 1), "bf16": (2, 2)}[kind]
+    return cut.stages * cut.span * (cut.outputs * weights + cut.rows * inputs)
 
 
 def room_of(columns: int) -> int:
@@ -104,7 +105,7 @@ def launch(
     rows = w.view(-1, x.shape[1] if w.dtype == torch.bfloat16 else w.shape[-1])
     dense_kernel[grid](
         _read_by(x, cut.rows, wide), scales[0], _read_by(rows, cut.outputs, wide), scales[1],
-        *rest, STAGES=cut.stages, ROOM=room_of(columns), num_warps=cut.warps,
+        *rest, STAGES=cut.stages, SPAN=cut.span, ROOM=room_of(columns), num_warps=cut.warps,
         **registers(kind, cut), **early(),
     )  # fmt: skip
 

@@ -26,7 +26,8 @@ class Tiles(NamedTuple):
     """Rows of a block, `(outputs, warps)` of a tile of either launch, stages of both.
 
     Experts of more than twice `rows` pairs get launches of their own, with blocks of `crowd` rows: a few
-    crowded experts among many are what random or narrow prompts make.
+    crowded experts among many are what random or narrow prompts make. Theirs come first, and the others'
+    programs fill a GPU that those do not any more.
     """
 
     rows: int
@@ -56,6 +57,18 @@ def tiles_of(pairs: int, held: int) -> Tiles:
     if pairs <= _FEW_PAIRS:
         return _FEW
     return next(tiles for most, tiles in _TILES if pairs <= most * held)
+
+
+class Launch(NamedTuple):
+    """Of the first `blocks`, those of more than `least` rows and at most `tiles.rows`.
+
+    `alongside`: another launch of the same product has just been made.
+    """
+
+    least: int
+    blocks: int
+    tiles: Tiles
+    alongside: bool = False
 
 
 @Kernel
@@ -123,31 +136,31 @@ def _fp4_experts(
     x = round_fp8(x_TD) if released else x_TD.contiguous()
     # Rows of absent experts stay as they are; NumPy, which interprets, warns of what may lie there.
     inner = x.new_zeros(pairs, w2.columns) if INTERPRETED else x.new_empty(pairs, w2.columns)
-    for least, count, cut in launches:
-        gate_up(x, weights_TK.contiguous(), way, k, w13, limit, inner, cut, least, count)
+    for launch in launches:
+        gate_up(x, weights_TK.contiguous(), way, k, w13, limit, inner, launch)
     inner = round_fp8(inner) if released else inner
     out = x.new_empty(pairs, w2.rows)
-    for least, count, cut in launches:
-        down(inner, way, w2, out, cut, least, count)
+    for launch in launches:
+        down(inner, way, w2, out, launch)
     return out.view(tokens, k, w2.rows)
 
 
 def _way(
     experts_TK: Tensor, slot_of_E: Tensor, held: int, tiles: Tiles
-) -> tuple[Route | Alone, list[tuple[int, int, Tiles]]]:
-    """Where the pairs go, and the launches for it: `least`, `blocks` and `tiles` of `gate_up`."""
+) -> tuple[Route | Alone, list[Launch]]:
+    """Where the pairs go, and the launches for it."""
     tokens, k = experts_TK.shape
     if tokens == 1:
-        return Alone(slot_of_E, experts_TK[0].contiguous()), [(0, k, tiles)]
+        return Alone(slot_of_E, experts_TK[0].contiguous()), [Launch(0, k, tiles)]
     crowds = tiles.crowd > 0 and tokens > 2 * tiles.rows  # a token chooses an expert once
     blocks = Blocks(tiles.rows, 2 * tiles.rows, tiles.crowd) if crowds else Blocks(tiles.rows)
     way = route(experts_TK, slot_of_E, held, blocks)
-    launches = [(0, len(way.slots), tiles)]
-    if crowds:
-        wide = tiles._replace(rows=tiles.crowd, stages=3)
-        most = min(len(way.slots), blocks.bound_crowded(tokens * k))
-        launches.append((tiles.rows, most, wide))
-    return way, launches
+    rest = Launch(0, len(way.slots), tiles)
+    most = min(len(way.slots), blocks.bound_crowded(tokens * k))
+    if not most:
+        return way, [rest]
+    wide = tiles._replace(rows=tiles.crowd, stages=3)
+    return way, [Launch(tiles.rows, most, wide), rest._replace(alongside=True)]
 
 
 def _pointers(way: Route | Alone) -> tuple[Tensor | None, ...]:
@@ -155,60 +168,51 @@ def _pointers(way: Route | Alone) -> tuple[Tensor | None, ...]:
     return way if isinstance(way, Route) else (*way, None, None, None)
 
 
-def _experts(way: Route | Alone) -> int:
-    return way.slot_of_E.numel() if isinstance(way, Alone) else 0
-
-
 def gate_up(
     x: Tensor, weights: Tensor, way: Route | Alone, k: int, w13: Fp4Stack, limit: float, out: Tensor,
-    tiles: Tiles, least: int, blocks: int,
+    launch: Launch,
 ) -> None:  # fmt: skip
-    """`out[place]` in the order of the route, `[R, I]`; absent experts' rows stay.
-
-    Args:
-        least, blocks: of the first `blocks`, those of more than `least` rows and at most `tiles.rows`.
-    """
+    """`out[place]` in the order of the route, `[R, I]`; absent experts' rows stay."""
     # One token's choice is one program, while the shared expert fills most processors on another branch: what
     # came early would share the few that have room.
     when = LATE if isinstance(way, Alone) else early()
-    cut = fp4_experts_hopper.cut_of(x, w13, out.shape[1], tiles.rows, isinstance(way, Alone))
-    source = fp4_experts_triton if cut is None else fp4_experts_gluon
-    n, how = _cut(x, cut, tiles.up, tiles.stages)
+    source, n, how = _cut(x, way, w13, out.shape[1], launch, launch.tiles.up)
     programs = triton.cdiv(2 * out.shape[1], n)
-    if blocks:
-        source.gate_up_kernel[(programs * blocks,)](
+    if launch.blocks:
+        source.gate_up_kernel[(programs * launch.blocks,)](
             x, w13.codes, w13.scales, w13.gain, weights, *_pointers(way), out, WIDTH=out.shape[1],
-            COLUMNS=w13.columns, TOP=k, LIMIT=limit, TILES=programs, BN=n, BM=tiles.rows,
-            LEAST=least, EXPERTS=_experts(way), **how, **when,
+            COLUMNS=w13.columns, TOP=k, LIMIT=limit, TILES=programs, **how, **when,
         )  # fmt: skip
 
 
 def down(
-    inner: Tensor, way: Route | Alone, w2: Fp4Stack, out: Tensor, tiles: Tiles, least: int,
-    blocks: int,
+    inner: Tensor, way: Route | Alone, w2: Fp4Stack, out: Tensor, launch: Launch
 ) -> None:  # fmt: skip
     """Rows of the route to `out[pair]`, `[R, D]`; arguments as for `gate_up`."""
-    cut = fp4_experts_hopper.cut_of(inner, w2, w2.rows, tiles.rows, isinstance(way, Alone))
-    source = fp4_experts_triton if cut is None else fp4_experts_gluon
-    n, how = _cut(inner, cut, tiles.down, tiles.stages)
+    source, n, how = _cut(inner, way, w2, w2.rows, launch, launch.tiles.down)
     programs = triton.cdiv(w2.rows, n)
-    if blocks:
-        source.down_kernel[(programs * blocks,)](
+    if launch.blocks:
+        source.down_kernel[(programs * launch.blocks,)](
             inner, w2.codes, w2.scales, w2.gain, *_pointers(way), out, D=w2.rows,
-            COLUMNS=w2.columns, TILES=programs, BN=n, BM=tiles.rows, LEAST=least,
-            EXPERTS=_experts(way), **how, **early(),
+            COLUMNS=w2.columns, TILES=programs, **how, **early(),
         )  # fmt: skip
 
 
 def _cut(
-    x: Tensor, cut: fp4_experts_hopper.Cut | None, tile: tuple[int, int], stages: int
-) -> tuple[int, dict[str, Any]]:
-    """Outputs of a program, and what the kernel that suits takes besides."""
-    if cut is None:
-        return tile[0], {"EXACT": _exact(x), "num_warps": tile[1], "num_stages": stages}
-    return cut.outputs, {
-        "STAGES": cut.stages, "TOGETHER": cut.together, "num_warps": cut.warps,
+    x: Tensor, way: Route | Alone, stack: Fp4Stack, outputs: int, launch: Launch, tile: tuple[int, int]
+) -> tuple[Any, int, dict[str, Any]]:  # fmt: skip
+    """The module of the kernel that suits, outputs of a program, and how it is launched."""
+    alone = isinstance(way, Alone)
+    how = {
+        "BM": launch.tiles.rows, "LEAST": launch.least, "ALONGSIDE": launch.alongside,
+        "EXPERTS": way.slot_of_E.numel() if isinstance(way, Alone) else 0,
     }  # fmt: skip
+    cut = fp4_experts_hopper.cut_of(x, stack, outputs, launch.tiles.rows, alone)
+    if cut is None:
+        how |= {"EXACT": _exact(x), "num_warps": tile[1], "num_stages": launch.tiles.stages}
+        return fp4_experts_triton, tile[0], how | {"BN": tile[0]}
+    how |= {"STAGES": cut.stages, "TOGETHER": cut.together, "num_warps": cut.warps}
+    return fp4_experts_gluon, cut.outputs, how | {"BN": cut.outputs}
 
 
 def _exact(x: Tensor) -> bool:

@@ -71,13 +71,14 @@ def fetch(w, ws, codes, scales, stage, STEP: gl.constexpr):
 def products(
     x, w, ws, live, STEP: gl.constexpr, PAIRS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr,
     STAGES: gl.constexpr, TOGETHER: gl.constexpr, ACC: gl.constexpr, EARLY: gl.constexpr,
+    ALONGSIDE: gl.constexpr,
 ):  # fmt: skip
     """`[BN, BM]`: a tile of a matrix with a block's inputs; columns of rows that are not real are anything.
 
     Args:
         x: `[BM, 256]`, where the first two blocks of the inputs are. live: `[BM, 1]`.
         w, ws: `[BN, 32]` and `[BN]`, where the first block's codes and scales are. STEP: rows of a matrix.
-        PAIRS: of blocks of columns. EARLY: the kernel begins here, with its first weights on their way.
+        PAIRS: of blocks of columns. EARLY, ALONGSIDE: the kernel begins here, its first weights on their way.
     """
     WORDS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     NARROW: gl.constexpr = gl.NVMMASharedLayout(64, 16, 2)
@@ -90,7 +91,7 @@ def products(
     for s in gl.static_range(STAGES - 1):
         if s < PAIRS:
             fetch(w + s * STEP * 64, ws + s * STEP * 2, codes, scales, s, STEP)
-    begin(EARLY)
+    begin(EARLY, ALONGSIDE)
     for s in gl.static_range(STAGES - 1):
         if s < PAIRS:
             async_copy.async_copy_global_to_shared(inputs.index(s), x + s * 256, mask=live)
@@ -156,9 +157,10 @@ def gate_up_kernel(
     WIDTH: gl.constexpr, COLUMNS: gl.constexpr, TOP: gl.constexpr, LIMIT: gl.constexpr,
     TILES: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, LEAST: gl.constexpr,
     EXPERTS: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr, EARLY: gl.constexpr = False,
+    ALONGSIDE: gl.constexpr = False,
 ):  # fmt: skip
     """As `fp4_experts_triton.gate_up_kernel`."""
-    begin(EARLY)
+    begin(EARLY, ALONGSIDE)
     if not EARLY:
         gdc_launch_dependents()  # `down` may come early all the same
     HALF: gl.constexpr = BN // 2
@@ -186,7 +188,7 @@ def gate_up_kernel(
             gl.expand_dims(from_x, 1) + gl.expand_dims(columns, 0),
             gl.expand_dims(w, 1) + gl.expand_dims(column, 0),
             scales + first + f % HALF + f // HALF * WIDTH, gl.expand_dims(live, 1), 2 * WIDTH,
-            BLOCKS // 2, BN, BM, STAGES, TOGETHER, ACC, False,
+            BLOCKS // 2, BN, BM, STAGES, TOGETHER, ACC, False, False,
         )  # fmt: skip
         kind: gl.constexpr = inner.dtype.element_ty
         acc = (acc * gl.load(gain + slot)).to(kind)
@@ -212,6 +214,7 @@ def down_kernel(
     D: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr, BN: gl.constexpr,
     BM: gl.constexpr, LEAST: gl.constexpr, EXPERTS: gl.constexpr, STAGES: gl.constexpr,
     TOGETHER: gl.constexpr, EARLY: gl.constexpr = False,
+    ALONGSIDE: gl.constexpr = False,
 ):  # fmt: skip
     """As `fp4_experts_triton.down_kernel`. Before it waits for `gate_up` it reads what that one has, too."""
     BLOCKS: gl.constexpr = COLUMNS // 128
@@ -240,10 +243,10 @@ def down_kernel(
             gl.expand_dims(inner + at.to(gl.int64) * COLUMNS, 1) + gl.expand_dims(columns, 0),
             gl.expand_dims(w, 1) + gl.expand_dims(column, 0),
             scales + first + gl.arange(0, BN, FLAT), gl.expand_dims(live, 1), D, BLOCKS // 2, BN,
-            BM, STAGES, TOGETHER, ACC, EARLY,
+            BM, STAGES, TOGETHER, ACC, EARLY, ALONGSIDE,
         )  # fmt: skip
         acc = (acc * gl.load(gain + slot)).to(kind)
         gl.store(where, gl.convert_layout(acc, L), mask=inside)
     else:
-        begin(EARLY)  # or what follows would come before what is waited for
+        begin(EARLY, ALONGSIDE)  # or what follows would come before what is waited for
         gl.store(where, gl.zeros([BN, BM], kind, L), mask=inside)

@@ -147,9 +147,10 @@ def gate_up_kernel(
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TOP: tl.constexpr, LIMIT: tl.constexpr,
     TILES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, LEAST: tl.constexpr,
     EXPERTS: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr = False,
+    ALONGSIDE: tl.constexpr = False,
 ):  # fmt: skip
     """Weighted SwiGLU of a block's rows for half a tile of columns, to their places in the route."""
-    begin(EARLY)
+    begin(EARLY, ALONGSIDE)
     block, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     ours, slot, at, live, row = _block(order, slots, starts, stops, used, block, EXPERTS, LEAST, BM)
     if (not ours) | (slot < 0):
@@ -178,9 +179,10 @@ def down_kernel(
     D: tl.constexpr, COLUMNS: tl.constexpr,
     TILES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, LEAST: tl.constexpr,
     EXPERTS: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr = False,
+    ALONGSIDE: tl.constexpr = False,
 ):  # fmt: skip
     """A tile of columns of a block's outputs, to their pairs' rows; zeros for absent experts."""
-    begin(EARLY)
+    begin(EARLY, ALONGSIDE)
     block, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     ours, slot, at, live, row = _block(order, slots, starts, stops, used, block, EXPERTS, LEAST, BM)
     if not ours:

@@ -1,6 +1,6 @@
 """Index scores in Gluon for Hopper: the formats of `index_scores_triton`, copies ahead of products.
 
-Legend: as there; a tile has 128 keys, one warp group multiplies it.
+Legend: as there; a tile has 64 or 128 keys, one warp group multiplies it.
 """
 
 from __future__ import annotations
@@ -105,6 +105,22 @@ def scores_kernel(
     first = gl.program_id(0) * RUN * BN
     count = gl.load(seen + t).to(gl.int32)
     sequence = t if OWN else gl.load(sequences + t).to(gl.int64)
+    table += sequence * width
+    if KIND == "fp4":
+        L: gl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 4, 1], [4, 1, 1], [2, 1, 0])
+        row = gl.arange(0, BN, gl.SliceLayout(1, gl.SliceLayout(2, L)))
+    elif KIND == "fp8":
+        L: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+        row = gl.arange(0, BN, gl.SliceLayout(1, L))
+    else:
+        L: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+        row = gl.arange(0, BN, FLAT)
+    # Where the keys are comes first, whether they are seen or not: all else waits for less.
+    block = blocks_of(first + row, table, E, PER)
+    block1 = blocks_of(first + BN + row, table, E, PER)
+    block2 = blocks_of(first + 2 * BN + row, table, E, PER)
+    block3 = blocks_of(first + 3 * BN + row, table, E, PER)
+    block4 = blocks_of(first + 4 * BN + row, table, E, PER)
     stop = gl.minimum(first + RUN * BN, count)
     out += t * E
     lane = gl.arange(0, BN, FLAT)
@@ -114,22 +130,6 @@ def scores_kernel(
             out + at + lane, gl.full([BN], float("-inf"), gl.float32, FLAT), mask=at + lane < E
         )
     if first < count:
-        table += sequence * width
-        # The keys first: everything else is nearer.
-        if KIND == "fp4":
-            L: gl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 4, 1], [4, 1, 1], [2, 1, 0])
-            row = gl.arange(0, BN, gl.SliceLayout(1, gl.SliceLayout(2, L)))
-        elif KIND == "fp8":
-            L: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-            row = gl.arange(0, BN, gl.SliceLayout(1, L))
-        else:
-            L: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-            row = gl.arange(0, BN, FLAT)
-        block = blocks_of(first + row, table, E, PER)
-        block1 = blocks_of(first + BN + row, table, E, PER)
-        block2 = blocks_of(first + 2 * BN + row, table, E, PER)
-        block3 = blocks_of(first + 3 * BN + row, table, E, PER)
-        block4 = blocks_of(first + 4 * BN + row, table, E, PER)
         if KIND == "fp4":
             codes, scales = read_fp4(first + row, block, stop, keys, STRIDE, PER, L)
             codes1, scales1 = read_fp4(first + BN + row, block1, stop, keys, STRIDE, PER, L)

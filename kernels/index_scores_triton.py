@@ -17,15 +17,15 @@ from whalepod.kernels.jit import INTERPRETED, jit, on_hopper, runs, tl, triton
 from whalepod.kernels.overlap import begin, early
 
 # Programs that fill a GPU, three on each processor. Where keys lie as rows, Hopper's kernel holds four tiles
-# of them, and a processor has room for one program: more would wait for the first and begin anew.
-_PROGRAMS = 396
+# of them: small ones, so that a processor has room for two programs, and no more programs than find room.
+_PROGRAMS, _KEYS, _ROWS = 396, 128, 64
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Keys of a tile, tiles of a program (0: as many as share a row out evenly), and warps."""
+    """Keys of a tile (0: as suits their format), tiles of a program (0: as many as share a row out evenly), warps."""
 
-    keys: int = 128
+    keys: int = 0
     run: int = 0
     warps: int = 4
     gluon: bool = True
@@ -208,18 +208,19 @@ def _scores(
     t, heads, dims = q_THI.shape
     e = table_SB.shape[1] * per
     out = torch.empty(t, e, dtype=torch.float32, device=q_THI.device)
-    source, programs = scores_kernel, _PROGRAMS
+    source, programs, keys_of_tile = scores_kernel, _PROGRAMS, tiles.keys or _KEYS
     if tiles.gluon and dims == 128 and on_hopper(q_THI.device):
         from whalepod.kernels import index_scores_gluon  # noqa: PLC0415 - for Hopper alone
 
         source = index_scores_gluon.scores_kernel
-        programs = processors(q_THI.device) if kind == "rows" else _PROGRAMS
-    run = tiles.run or min(16, max(1, triton.cdiv(t * triton.cdiv(e, tiles.keys), programs)))
-    source[(triton.cdiv(e, tiles.keys * run), t)](
+        if kind == "rows":
+            programs, keys_of_tile = 2 * processors(q_THI.device), tiles.keys or _ROWS
+    run = tiles.run or min(16, max(1, triton.cdiv(t * triton.cdiv(e, keys_of_tile), programs)))
+    source[(triton.cdiv(e, keys_of_tile * run), t)](
         q_THI, gate_TH, keys, table_SB, sequences_T, seen_T, out, table_SB.shape[1], e, heads, run,
         gate_TH.stride(0), scale,
         STRIDE=keys.stride(0), H=max(16, triton.next_power_of_2(heads)), DIM=dims, PER=per,
-        KIND=kind, BN=tiles.keys, num_warps=tiles.warps, OWN=sequences_T is None,
+        KIND=kind, BN=keys_of_tile, num_warps=tiles.warps, OWN=sequences_T is None,
         **early(),
     )  # fmt: skip
     return out

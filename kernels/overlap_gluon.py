@@ -11,8 +11,12 @@ barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 
 @gluon.jit
-def begin(EARLY: gl.constexpr):
-    """First statement of a kernel: before anything is read that another kernel writes."""
+def begin(EARLY: gl.constexpr, ALONGSIDE: gl.constexpr = False):
+    """As `overlap.begin`."""
     if EARLY:
-        gdc_wait()
+        if ALONGSIDE:
+            if gl.program_id(0) == gl.num_programs(0) - 1:
+                gdc_wait()
+        else:
+            gdc_wait()
         gdc_launch_dependents()

@@ -96,7 +96,7 @@ def product(kind: Kind, rows: int, n: int, columns: int) -> Any:
     types = {"x": x, "xs": FP32, "w": w, "ws": FP32, "out": FP32, "made": BF16, "counters": I32}
     constants: dict[str, Any] = {
         **{"N": n, "COLUMNS": columns, "KIND": kind, "GROUPS": 1, "CHUNK": chunk},
-        **{"APART": cut.apart, "ROOM": room_of(columns)},
+        **{"APART": cut.apart, "SPAN": cut.span, "ROOM": room_of(columns)},
         **{"JOIN": rows == 1, "BN": cut.outputs, "BM": cut.rows, "STAGES": cut.stages},
         **{"EARLY": True, **({"M": 1} if rows == 1 else {})},
     }
@@ -122,6 +122,15 @@ def test_two_programs_of_eight_warps_share_a_processor() -> None:
     assert made.metadata.shared <= 227 << 9
     said = assembled(made.asm["ptx"])
     assert "Used 128 registers" in said
+    assert "0 bytes spill stores, 0 bytes spill loads" in said
+
+
+def test_wide_tiles_leave_room_for_three_stages_on_their_way() -> None:
+    made, cut = product("bf16", 256, 129_280, 4096)
+    assert (cut.rows, cut.stages, cut.span) == (256, 4, 64)
+    assert made.metadata.shared <= 227 << 10
+    said = assembled(made.asm["ptx"])
+    assert "serialized" not in said
     assert "0 bytes spill stores, 0 bytes spill loads" in said
 
 
@@ -188,6 +197,7 @@ def test_experts_of_one_token() -> None:
     types = dict.fromkeys(("x", "inner", "out"), BF16) | {"codes": I16, "scales": I32}
     types |= {"gain": FP32, "weights": FP32, "order": I32, "slots": I64}
     tiles = {"TILES": 64, "BN": 64, "BM": 16, "LEAST": 0, "EXPERTS": 256, "EXACT": False}
+    tiles |= {"ALONGSIDE": False}
     route = dict.fromkeys(("starts", "stops", "used"))
     rest = {**tiles, **route, "EARLY": True}
     up = {"WIDTH": 2048, "COLUMNS": 4096, "TOP": 6, "LIMIT": 10.0, **rest}
@@ -210,6 +220,7 @@ def test_experts_in_gluon(rows: int, alone: bool) -> None:
     route = ("starts", "stops", "used")
     types |= dict.fromkeys(route, I32)
     rest: dict[str, Any] = {"BN": cut.outputs, "BM": rows, "LEAST": 0, "EARLY": True}
+    rest |= {"ALONGSIDE": not alone}
     rest |= {"EXPERTS": 256 if alone else 0, "STAGES": cut.stages, "TOGETHER": cut.together}
     rest |= dict.fromkeys(route) if alone else {}
     up = {"WIDTH": 2048, "COLUMNS": 4096, "TILES": 4096 // cut.outputs, "TOP": 6, "LIMIT": 10.0}
@@ -242,7 +253,7 @@ def test_index_scores_in_gluon() -> None:
     types = {"q": BF16, "gate": FP32, "keys": BF16, "table": I32, "sequences": I32, "seen": I32}
     types |= {"out": FP32} | dict.fromkeys(("width", "E", "HEADS", "RUN", "step"), "i32")
     types["factor"] = "fp32"
-    sizes = {"STRIDE": 128, "H": 64, "DIM": 128, "PER": 32, "KIND": "rows", "BN": 128}
+    sizes = {"STRIDE": 128, "H": 64, "DIM": 128, "PER": 32, "KIND": "rows", "BN": 64}
     made = compiled(scores_kernel, types, {**sizes, "OWN": True, "EARLY": True}, num_warps=4)
     assert "wgmma" in made.asm["ptx"]
 
