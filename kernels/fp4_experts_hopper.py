@@ -28,9 +28,11 @@ _ALONE = Cut(64, 4, 3, True)
 def cut_of(x: Tensor, stack: Fp4Stack, outputs: int, rows: int, alone: bool) -> Cut | None:
     """How to cut a product in blocks of so many rows; None where these kernels do not pay or cannot run.
 
-    They take whole tiles and pairs of blocks of columns, in bf16.
+    They take whole tiles and pairs of blocks of columns, in bf16; two pairs and more, as Triton fails to compile
+    a loop of one turn.
     """
-    whole = stack.columns % 256 == 0 and outputs % 128 == 0 and x.data_ptr() % 16 == 0
+    pairs = stack.columns % 256 == 0 and stack.columns > 256
+    whole = pairs and outputs % 128 == 0 and x.data_ptr() % 16 == 0
     if not (whole and x.dtype == torch.bfloat16 and on_hopper(x.device)):
         return None
     return _ALONE if alone else _CUTS.get(rows)

@@ -65,7 +65,7 @@ def _scores(parts, t, tokens, EXPERTS: tl.constexpr, CHUNKS: tl.constexpr, WIDE:
     logit = tl.load(at, mask=e < EXPERTS, other=0.0)
     for c in tl.static_range(1, CHUNKS):
         logit += tl.load(at + c * tokens * EXPERTS, mask=e < EXPERTS, other=0.0)
-    small = tl.exp(tl.minimum(logit, 20.0))
+    small = tl.exp(tl.where(logit > 20.0, 20.0, logit))  # unlike a minimum it leaves a NaN one
     above = 1.0 + small  # log1p: the rounding of this sum is divided out
     ratio = tl.where(above == 1.0, 1.0, small / tl.where(above == 1.0, 1.0, above - 1.0))
     soft = tl.where(above == 1.0, small, tl.log(above) * ratio)

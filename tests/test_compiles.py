@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from whalepod.kernels import fp4_experts_hopper
 from whalepod.kernels.dense import chunk_of
 from whalepod.kernels.dense_hopper import Kind, cut_of, registers, room_of, shared_bytes
+from whalepod.kernels.fp4 import Fp4Stack
 from whalepod.kernels.jit import INTERPRETED, triton
 
 pytestmark = [
@@ -209,8 +212,21 @@ def test_experts_of_one_token() -> None:
         assert " 0 bytes spill stores" in assembled(made.asm["ptx"])
 
 
+def test_experts_of_one_turn_are_left_to_the_plain_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fp4_experts_hopper, "on_hopper", lambda _: True)
+    x = torch.zeros(4, dtype=torch.bfloat16)
+    for columns, taken in ((256, False), (512, True), (640, False)):
+        stack = Fp4Stack(x, x, x, columns)
+        for alone in (True, False):
+            cut = fp4_experts_hopper.cut_of(x, stack, 256, 16, alone)
+            assert (cut is not None) == taken
+
+
+@pytest.mark.parametrize("columns", [4096, 512])
 @pytest.mark.parametrize(("rows", "alone"), [(16, True), (16, False)])
-def test_experts_in_gluon(rows: int, alone: bool) -> None:
+def test_experts_in_gluon(rows: int, alone: bool, columns: int) -> None:
     from whalepod.kernels.fp4_experts_gluon import down_kernel, gate_up_kernel
     from whalepod.kernels.fp4_experts_hopper import _ALONE, _CUTS
 
@@ -223,8 +239,8 @@ def test_experts_in_gluon(rows: int, alone: bool) -> None:
     rest |= {"ALONGSIDE": not alone}
     rest |= {"EXPERTS": 256 if alone else 0, "STAGES": cut.stages, "TOGETHER": cut.together}
     rest |= dict.fromkeys(route) if alone else {}
-    up = {"WIDTH": 2048, "COLUMNS": 4096, "TILES": 4096 // cut.outputs, "TOP": 6, "LIMIT": 10.0}
-    down = {"D": 4096, "COLUMNS": 2048, "TILES": 4096 // cut.outputs}
+    up = {"WIDTH": 2048, "COLUMNS": columns, "TILES": 4096 // cut.outputs, "TOP": 6, "LIMIT": 10.0}
+    down = {"D": 4096, "COLUMNS": columns, "TILES": 4096 // cut.outputs}
     for kernel, sizes in ((gate_up_kernel, up), (down_kernel, down)):
         made = compiled(kernel, types, {**sizes, **rest}, num_warps=cut.warps)
         said = assembled(made.asm["ptx"])
