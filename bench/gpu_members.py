@@ -100,6 +100,16 @@ def shard_lines(source: Source, own: int, layers: int, tokens: list[int], copy: 
     return lines
 
 
+def shards_that_fit(config: ModelConfig, layers: int) -> int:
+    """Of how few shards one fits this GPU, with room for what else a pass needs."""
+    each = layers * 3 * config.hidden_size * config.moe_intermediate_size * (1 / 2 + 1 / 32)
+    room, experts = torch.cuda.mem_get_info()[0] * 0.85, config.n_routed_experts
+    for of in range(1, experts + 1):
+        if experts % of == 0 and experts // of * each <= room:
+            return of
+    raise SystemExit(f"one expert of {layers} layers takes {each:.2e} bytes: pass fewer --layers")
+
+
 def stage_lines(
     source: Source, sizes: list[tuple[int, int]], prefill: int, copy: float
 ) -> list[str]:
@@ -132,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, default=Path("configs/models/deepseek-v4-pro.json"))
     parser.add_argument("--part", nargs="+", default=["shard", "stage"])
-    parser.add_argument("--of", type=int, default=8)
+    parser.add_argument("--of", type=int, help="shards; as few as fit the GPU if not given")
     parser.add_argument("--layers", type=int, default=61)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 128, 512, 1024, 4096])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
@@ -157,8 +167,9 @@ def main() -> None:
     with torch.inference_mode():
         source = Source(model, RandomCheckpoint(config, "cuda"), "cuda", packed=True)
         if "shard" in args.part:
-            own = config.n_routed_experts // args.of
-            print(f"\n## An expert shard, one of {args.of}\n")
+            of = args.of or shards_that_fit(config, args.layers)
+            own = config.n_routed_experts // of
+            print(f"\n## An expert shard, one of {of}\n")
             print("\n".join(shard_lines(source, own, args.layers, args.tokens, copy)))
             gc.collect()
             torch.cuda.empty_cache()

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from whalepod.kernels.hyper_connection import Site
 
 COLS, TOKENS, SINKHORN, WARPS, SWAP = 64, 16, 4, 4, 0
-# From so many tokens on a program takes several tiles, so that the projection is fetched less often.
-MANY, REPEAT = 512, 8
+# From so many tokens on a program takes so many tiles, so that the projection is fetched less often.
+REPEATS = (512, 8), (256, 4), (0, 1)
 # Tokens of one launch, which bounds the memory for parts.
 CHUNK = 8192
 
@@ -88,8 +88,7 @@ def mix_kernel(
     f, more, x, post, comb, out, fn, parts, T,
     D: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, TOP: tl.constexpr,
     PROJECT: tl.constexpr, EXACT: tl.constexpr, CUTS: tl.constexpr, TOKENS: tl.constexpr,
-    COLS: tl.constexpr, REPEAT: tl.constexpr, SWAP: tl.constexpr, AHEAD: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    COLS: tl.constexpr, REPEAT: tl.constexpr, SWAP: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """First launch, over `[T, 4, D]`: REPEAT tiles.
 
@@ -97,8 +96,7 @@ def mix_kernel(
     """
     split = tl.program_id(SWAP)
     column = split * COLS + tl.arange(0, COLS)
-    # Weights do not wait. For one tile of several they are loaded late, which takes fewer registers.
-    if PROJECT and AHEAD:
+    if PROJECT:  # weights do not wait
         w0, w1 = _weights(fn, column, D, N, 0), _weights(fn, column, D, N, 1)
         w2, w3 = _weights(fn, column, D, N, 2), _weights(fn, column, D, N, 3)
     begin(EARLY)
@@ -127,14 +125,8 @@ def mix_kernel(
             tl.store(out + at + 3 * D, x3, mask=kept)
         if PROJECT:
             acc = tl.zeros((TOKENS, 32), tl.float32)
-            if AHEAD:
-                acc = _times(_times(acc, x0, w0, EXACT), x1, w1, EXACT)
-                acc = _times(_times(acc, x2, w2, EXACT), x3, w3, EXACT)
-            else:
-                acc = _times(acc, x0, _weights(fn, column, D, N, 0), EXACT)
-                acc = _times(acc, x1, _weights(fn, column, D, N, 1), EXACT)
-                acc = _times(acc, x2, _weights(fn, column, D, N, 2), EXACT)
-                acc = _times(acc, x3, _weights(fn, column, D, N, 3), EXACT)
+            acc = _times(_times(acc, x0, w0, EXACT), x1, w1, EXACT)
+            acc = _times(_times(acc, x2, w2, EXACT), x3, w3, EXACT)
             squares = _squares(x0) + _squares(x1) + _squares(x2) + _squares(x3)
             n = tl.arange(0, 32)
             acc = tl.where((n == 4)[None, :], squares[:, None], acc)
@@ -193,13 +185,13 @@ def _mix(
 ) -> None:  # fmt: skip
     tokens, _, width = x.shape
     splits = triton.cdiv(width, COLS)
-    repeat = REPEAT if tokens >= MANY else 1
+    repeat = next(tiles for least, tiles in REPEATS if tokens >= least)
     tiles = triton.cdiv(tokens, TOKENS * repeat)
     mix_kernel[(tiles, splits) if SWAP else (splits, tiles)](
         f, more, x, post, comb, out, fn, parts, tokens,
         D=width, N=0 if fn is None else fn.shape[0], SPLITS=splits,
         TOP=0 if f is None else f.shape[1] if f.dim() == 3 else 1, PROJECT=fn is not None,
-        EXACT=INTERPRETED or x.dtype == torch.float32, CUTS=INTERPRETED, TOKENS=TOKENS, COLS=COLS, REPEAT=repeat, SWAP=SWAP, AHEAD=repeat > 1 or tiles == 1,
+        EXACT=INTERPRETED or x.dtype == torch.float32, CUTS=INTERPRETED, TOKENS=TOKENS, COLS=COLS, REPEAT=repeat, SWAP=SWAP,
         num_warps=WARPS, **FIXED, **early(),
     )  # fmt: skip
 

@@ -185,7 +185,7 @@ def test_hyper_connections(tokens: int) -> None:
     constants: dict[str, Any] = {
         **{"D": 4096, "N": 24, "SPLITS": 4096 // hc.COLS, "TOP": 6, "PROJECT": True},
         **{"EXACT": False, "CUTS": False, "TOKENS": hc.TOKENS, "COLS": hc.COLS, "REPEAT": 1},
-        **{"AHEAD": tokens == 1, "SWAP": hc.SWAP, "EARLY": True},
+        **{"SWAP": hc.SWAP, "EARLY": True},
     }
     if tokens == 1:
         constants["T"] = 1
