@@ -1,10 +1,10 @@
 """Time V4-Pro's two kinds of members alone on one GPU, beside what they must read.
 
     PYTHONPATH=src:. python bench/gpu_members.py [--model configs/models/deepseek-v4-pro.json]
-        [--part shard stage] [--of 8] [--layers 61]
+        [--part shard stage] [--of 16] [--layers 61]
 
-An expert shard holds one part in `--of` of every layer's experts and serves the rows that so many
-tokens in flight, each choosing uniformly among all experts, send to it; legs are not in the figures.
+An expert shard holds one part in `--of` of every layer's experts, or as many as fit, and serves the rows
+that so many tokens in flight, each choosing uniformly among all experts, send to it; legs are not in the figures.
 An attention member holds the attention side of every layer; its experts answer at once with rows that
 were there before. Weights are random, in the released format, and stay packed.
 """
@@ -128,8 +128,8 @@ def stage_lines(
     layers = len(stage.layers)
     lines = [
         f"{layers} layers and the head: {weights / 1e9:.1f} GB of weights.\n",
-        "| batch | context | graph ms | step ms | experts | GB | floor ms | graph / floor "
-        "| step / floor | tokens/s |\n|---|---|---|---|---|---|---|---|---|---|",
+        "| batch | context | graph ms | step ms | one by one | experts | GB | floor ms "
+        "| graph / floor | step / floor | tokens/s |\n|" + 11 * "---|",
     ]
     for batch, context in sizes:
         lines.append(decode_line(found, batch, context, copy, cuda))
