@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from whalepod.kernels.jit import INTERPRETED, jit, runs, tl, triton
+from whalepod.kernels.narrow import clamped
 from whalepod.kernels.overlap import begin, early
 from whalepod.kernels.registry import Kernel
 
@@ -86,7 +87,7 @@ def _kernel(
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
     scale = (exponent << 23).to(tl.float32, bitcast=True)
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    scaled = tl.minimum(tl.maximum(value * inverse[:, None], -448.0), 448.0)
+    scaled = clamped(value * inverse[:, None], -448.0, 448.0)
     if CUTS:
         scaled = to_grid(scaled)
     code = scaled.to(tl.float8e4nv)

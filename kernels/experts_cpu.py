@@ -48,8 +48,8 @@ def activate(gate_up, inner, rows, width, limit, weights):
         row, to = gate_up + m * width * 8, inner + m * width * 4
         weight = splat(get(weights + m * 4)) if weights else one
         for i in range(0, width * 4, _BYTES):
-            gate = least(load(row + i), high)
-            up = most(least(load(row + width * 4 + i), high), low)
+            gate = least(high, load(row + i))  # in this order a NaN stays one
+            up = most(low, least(high, load(row + width * 4 + i)))
             gate = div(gate, add(one, exp(sub(zero, gate))))
             store(to + i, mul(mul(gate, up), weight))
 

@@ -197,7 +197,8 @@ def gate_up_kernel(
         gate, up = gate.to(gl.float32), up.to(gl.float32)
         L: gl.constexpr = gate.type.layout
         own: gl.constexpr = gl.SliceLayout(0, L)
-        gate, up = gl.minimum(gate, LIMIT), gl.minimum(gl.maximum(up, -LIMIT), LIMIT)
+        gate = gl.where(gate > LIMIT, LIMIT, gate)  # unlike a minimum it leaves a NaN one
+        up = gl.where(up > LIMIT, LIMIT, gl.where(up < -LIMIT, -LIMIT, up))
         small = gl.exp(-gl.abs(gate))  # of the sigmoid: never infinite
         out = gate * (gl.where(gate < 0, small, 1.0) / (1.0 + small)) * up
         pair, place = gl.convert_layout(row, own), gl.convert_layout(at, own).to(gl.int64)

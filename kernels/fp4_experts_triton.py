@@ -9,7 +9,7 @@ are: a row's bits do not depend on them.
 from __future__ import annotations
 
 from whalepod.kernels.jit import jit, tl
-from whalepod.kernels.narrow import rounded
+from whalepod.kernels.narrow import clamped, rounded
 from whalepod.kernels.overlap import begin
 
 
@@ -164,7 +164,7 @@ def gate_up_kernel(
     kind = inner.dtype.element_ty
     acc = rounded(acc * tl.load(gain + slot), kind, EXACT).to(tl.float32)
     gate, up = tl.split(tl.permute(tl.reshape(acc, (2, HALF, BM)), (1, 2, 0)))
-    gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    gate, up = clamped(gate, float("-inf"), LIMIT), clamped(up, -LIMIT, LIMIT)
     small = tl.exp(-tl.abs(gate))  # of the sigmoid: never infinite
     out = gate * (tl.where(gate < 0, small, 1.0) / (1.0 + small)) * up
     out *= tl.load(weights + row, mask=live, other=0.0)[None, :]

@@ -18,6 +18,12 @@ def rounded(value, kind: tl.constexpr, CUTS: tl.constexpr):
 
 
 @jit
+def clamped(x, low, high):
+    """`x` between two bounds; a NaN stays one, which a minimum would make a bound of."""
+    return tl.where(x > high, high, tl.where(x < low, low, x))
+
+
+@jit
 def exponent_above(x):
     """Biased exponent of the smallest power of two that is at least `x` (> 0)."""
     bits = x.to(tl.int32, bitcast=True)

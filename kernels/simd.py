@@ -251,8 +251,11 @@ _LOWEST, _HIGHEST = -87.0, 88.0
 
 
 def _exp(builder: Any, x: Any) -> Any:
-    """`exp(x)` for `x <= 88`; below -87 (and for -inf) 0."""
-    tiny = builder.fcmp_unordered("<", x, constant(_LOWEST))
+    """`exp(x)` for `x <= 88`; below -87 (and for -inf) 0, and NaN of a NaN."""
+    nan, given = builder.fcmp_unordered("uno", x, x), x
+    tiny = builder.fcmp_unordered(
+        "<", x, constant(_LOWEST)
+    )  # a NaN, too: what is made an integer is a number
     x = builder.select(tiny, constant(_LOWEST), x)
     x = builder.select(builder.fcmp_ordered(">", x, constant(_HIGHEST)), constant(_HIGHEST), x)
     n = _call(builder, "llvm.rint.v16f32", VECTOR, [builder.fmul(x, constant(_LOG2E))])
@@ -266,7 +269,8 @@ def _exp(builder: Any, x: Any) -> Any:
         builder.add(builder.fptosi(n, INTS), ir.Constant(INTS, [127] * LANES)),
         ir.Constant(INTS, [23] * LANES),
     )
-    return builder.select(tiny, constant(0.0), builder.fmul(p, builder.bitcast(power, VECTOR)))
+    made = builder.select(tiny, constant(0.0), builder.fmul(p, builder.bitcast(power, VECTOR)))
+    return builder.select(nan, given, made)
 
 
 exp = _one(vector, vector)(_exp)

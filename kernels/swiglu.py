@@ -7,7 +7,7 @@ from torch import Tensor
 
 from whalepod.kernels.activation import whole_vectors
 from whalepod.kernels.jit import INTERPRETED, jit, runs, tl, triton
-from whalepod.kernels.narrow import rounded
+from whalepod.kernels.narrow import clamped, rounded
 from whalepod.kernels.overlap import begin, early
 from whalepod.kernels.registry import Kernel
 
@@ -47,7 +47,7 @@ def _kernel(
     at = x + m * 2 * WIDTH + i
     gate = tl.load(at, mask=i < WIDTH, other=0.0).to(tl.float32)
     up = tl.load(at + WIDTH, mask=i < WIDTH, other=0.0).to(tl.float32)
-    gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    gate, up = clamped(gate, float("-inf"), LIMIT), clamped(up, -LIMIT, LIMIT)
     small = tl.exp(-tl.abs(gate))  # of the sigmoid: never infinite
     made = gate * (tl.where(gate < 0, small, 1.0) / (1.0 + small)) * up
     if weights is not None:

@@ -20,7 +20,7 @@ from whalepod.kernels.fp4 import Fp4Stack
 from whalepod.kernels.fp8_linear import Fp8Matrix
 from whalepod.model.headers import Entry, read_folder
 from whalepod.model.names import ExpertDtype, Role, Stored, TensorSpec, tensor_specs
-from whalepod.model.quant import decode_fp4, decode_fp8
+from whalepod.model.quant import decode_fp4, decode_fp8, how_many_spoilt
 from whalepod.model.shape import ModelConfig
 
 _TORCH = {
@@ -229,7 +229,14 @@ class Checkpoint:
         if data.nbytes != entry.end - entry.start:
             raise CheckpointError(f"{entry.file} was cut short while tensor {name} was read")
         self.bytes_read += data.nbytes
-        return torch.from_numpy(data).view(_TORCH[entry.dtype]).view(entry.shape)
+        values = torch.from_numpy(data).view(_TORCH[entry.dtype]).view(entry.shape)
+        if spoilt := how_many_spoilt(values):
+            raise CheckpointError(
+                f"{entry.file}: {spoilt} of the {values.numel()} values of tensor {name} are NaN or "
+                "infinite; the file is damaged, or was saved after a training step that diverged: "
+                "download it again, or serve an earlier one"
+            )
+        return values
 
     def _check(self, spec: TensorSpec, entry: Entry) -> None:
         allowed = {spec.stored.value}

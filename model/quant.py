@@ -34,6 +34,7 @@ __all__ = [
     "encode_fp8",
     "fake_fp4",
     "fake_fp8",
+    "how_many_spoilt",
     "power_of_two_above",
 ]
 
@@ -54,6 +55,24 @@ def decode_e8m0(scale: Tensor) -> Tensor:
     bits = codes.to(torch.int32) << 23
     value: Tensor = bits.masked_fill(codes == 0, 1 << 22).view(torch.float32)  # 0 is subnormal
     return value
+
+
+def how_many_spoilt(values: Tensor) -> int:
+    """How many values of a stored tensor are NaN or infinite; integers and E8M0 scales are taken as sound.
+
+    A pass over the extremes at the memory's rate says that there are none.
+    """
+    if not values.numel():
+        return 0
+    if values.dtype == torch.float8_e4m3fn:  # 0x7F and 0xFF are NaN, and there is no infinity
+        if values.view(torch.int8).amax() < 127 and values.view(torch.uint8).amax() < 255:
+            return 0
+        return int(((values.view(torch.uint8) & 0x7F) == 0x7F).sum())
+    if values.dtype not in (torch.float32, torch.bfloat16):
+        return 0
+    if all(bool(end.isfinite()) for end in torch.aminmax(values)):
+        return 0
+    return int((~values.isfinite()).sum())
 
 
 def decode_fp8(weight_NK: Tensor, scale: Tensor) -> Tensor:

@@ -197,6 +197,34 @@ def test_a_nan_scale_is_named_when_it_is_read(tiny: Path, tmp_path: Path) -> Non
         Checkpoint.open(folder).expert(0, 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("embed.weight", 0x7FC0),  # a NaN in BF16
+        ("layers.2.attn.wq_b.weight", 0xFF),
+        ("layers.1.hc_attn_base", 0xFF800000),  # minus infinity in FP32
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_values_that_are_not_finite_are_named_when_they_are_read(
+    name: str, code: int, packed: bool, tiny: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "broken"))
+
+    def change(values: torch.Tensor) -> torch.Tensor:
+        size = values.dtype.itemsize
+        values.view(-1).view(torch.uint8)[-size:] = torch.tensor(
+            list(code.to_bytes(size, "little")), dtype=torch.uint8
+        )
+        return values
+
+    edit_tensor(name, change)(folder)
+    checkpoint = Checkpoint.open(folder)
+    read = checkpoint.packed if packed else checkpoint.tensor
+    with pytest.raises(CheckpointError, match=f"1 of the .* values of tensor {name} are NaN"):
+        read(name)
+
+
 def test_extra_tensors_are_reported_and_copies_of_the_ends_skipped(
     tiny: Path, tmp_path: Path
 ) -> None:

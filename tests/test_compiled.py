@@ -202,6 +202,9 @@ def test_activation(weighted: bool) -> None:
     torch.testing.assert_close(whole, swiglu.reference(x, 10.0, weights if weighted else None))
     assert torch.equal(swiglu(x[3:4], 10.0, weights[3:4] if weighted else None), whole[3:4])
     assert swiglu(x[:0], 10.0).shape == (0, 48)
+    x[1, 3], x[2, 50] = float("nan"), float("nan")  # of the gate's half, and of the other one
+    spoilt = swiglu(x, 10.0)
+    assert torch.equal(spoilt.isnan(), swiglu.reference(x, 10.0).isnan())
 
 
 class Pair:

@@ -171,6 +171,17 @@ def test_one_token_alone_has_the_bits_it_has_in_company() -> None:
 
 
 @pytest.mark.triton
+def test_a_nan_is_not_clamped_to_a_number() -> None:
+    w13, w2 = stacks()
+    x, experts, weights = inputs(2)
+    experts[:] = HELD[0]
+    x[1, 0] = float("nan")
+    got = fp4_experts(x, experts, weights, slots(), w13, w2, LIMIT)
+    assert bool(got[1].isnan().all())
+    assert bool(got[0].isfinite().all())
+
+
+@pytest.mark.triton
 def test_ids_outside_the_model_give_zeros() -> None:
     w13, w2 = stacks()
     x, experts, weights = inputs(2)

@@ -7,6 +7,7 @@ import math
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from whalepod.engine.request import Adjust, Request, Sampling, TokenEvent
 from whalepod.engine.sampler import Drawn, sample
 from whalepod.engine.source import Source
 from whalepod.kernels.draw import best_tokens
+from whalepod.model import checkpoint
 from whalepod.model.checkpoint import Checkpoint
 
 NAN, INF = math.nan, math.inf
@@ -102,6 +104,7 @@ def test_what_a_prefix_cache_forgets_is_not_found_and_can_be_evicted() -> None:
 def run(
     model: Path, topology: dict[str, Any], todo: list[Request], device: str
 ) -> dict[str, list[TokenEvent]]:
+    """Serve a model whose weights are not looked at: they stand for memory that spoils them later."""
     config = Config.from_dict(
         {
             "model": {"path": str(model)},
@@ -110,7 +113,8 @@ def run(
         }
     )
     out: dict[str, list[TokenEvent]] = {}
-    with torch.inference_mode():
+    unseen = mock.patch.object(checkpoint, "how_many_spoilt", return_value=0)
+    with unseen, torch.inference_mode():
         opened = open_engine(config, Source(config.model, Checkpoint.open(model), device))
         try:
             for event in opened.run(todo):
@@ -194,3 +198,28 @@ def test_spoilt_prompts_are_not_told_of(broken: Path, bad: int, device: str) -> 
     assert event.finish == "error"
     assert event.prompt is None
     assert "not finite" in str(event.error)
+
+
+# One of each kind of weight whose NaN a maximum, a clamp or an exponential could make a number of.
+HIDDEN = [
+    *("layers.1.attn.attn_sink", "layers.1.attn.q_norm.weight", "layers.2.attn.wq_b.weight"),
+    *("layers.1.attn.compressor.ape", "layers.0.hc_attn_base", "layers.3.hc_ffn_scale"),
+    *("layers.2.ffn.shared_experts.w1.weight", "layers.2.ffn.shared_experts.w3.weight"),
+    *("layers.3.ffn.gate.weight", "hc_head_base"),
+]
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_no_kernel_makes_a_number_of_a_nan(name: str, tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "broken"))
+
+    def change(weight: torch.Tensor) -> torch.Tensor:
+        if weight.dtype == torch.float8_e4m3fn:
+            weight.view(torch.uint8)[:] = 0x7F
+        else:
+            weight[:] = NAN
+        return weight
+
+    edit_tensor(name, change)(folder)
+    asked = Request("a", tuple(range(3, 153)), 2, Sampling(0.0), ignore_eos=True)
+    assert run(folder, {"layout": "single"}, [asked], "cpu")["a"][-1].finish == "error"

@@ -46,6 +46,20 @@ def test_e8m0_bytes() -> None:
         quant.decode_e8m0(torch.tensor([255], dtype=torch.uint8).view(torch.float8_e8m0fnu))
 
 
+def test_values_that_are_not_finite_are_counted() -> None:
+    for code in range(256):
+        stored = torch.tensor([[0, code, 0x7E]], dtype=torch.uint8).view(torch.float8_e4m3fn)
+        assert quant.how_many_spoilt(stored) == math.isnan(e4m3(code)), code
+    for kind in (torch.float32, torch.bfloat16):
+        values = torch.linspace(-1e38, 1e38, 1001).to(kind)
+        assert quant.how_many_spoilt(values) == 0
+        values[[0, 500, 1000]] = torch.tensor([math.nan, math.inf, -math.inf], dtype=kind)
+        assert quant.how_many_spoilt(values.view(7, 143)) == 3
+        assert quant.how_many_spoilt(values[1:500]) == 0
+        assert quant.how_many_spoilt(values[:0]) == 0
+    assert quant.how_many_spoilt(torch.tensor([-1, 127], dtype=torch.int8)) == 0
+
+
 def test_every_fp8_code_with_a_cut_off_tile() -> None:
     codes = torch.arange(256, dtype=torch.uint8).repeat(130, 1)
     codes[:, [0x7F, 0xFF]] = 0
