@@ -175,7 +175,7 @@ def chunk_kernel(
     tl.store(own + C, logits, mask=new)
     if whole:
         values += tl.load(ring, mask=old, other=0.0)
-        logits = tl.maximum(logits, tl.load(ring + C, mask=old, other=float("-inf")))
+        logits = tl.where(old, tl.load(ring + C, mask=old, other=0.0), logits)
         logits = tl.where(kept, logits, 0.0)
         _finish(
             _pool(values, logits, J, WINDOW_COLS), part, counters, made.to(tl.int64), norm,

@@ -42,7 +42,7 @@ def e4m3(value):
 
     Adding a power of two whose last bit is the grid's step makes the sum round to it.
     """
-    size = tl.minimum(tl.abs(value), 448.0)
+    size = clamped(tl.abs(value), 0.0, 448.0)
     exponent = tl.maximum(size.to(tl.int32, bitcast=True) >> 23, 121)
     magic = power(exponent + 20) * 1.5
     bits = ((magic + size) - magic).to(tl.int32, bitcast=True)

@@ -10,7 +10,7 @@ from whalepod.kernels.jit import jit, tl
 @jit
 def logistic(x):
     """The logistic function, for any x."""
-    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 80.0)))
+    return 1.0 / (1.0 + tl.exp(tl.where(x < -80.0, 80.0, -x)))  # of a NaN a NaN, unlike a minimum
 
 
 @jit

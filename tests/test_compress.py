@@ -134,6 +134,22 @@ def test_chunks_equal_the_reference(
         check(made, want, bare, rounding, pairs)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, where it interprets
+@pytest.mark.parametrize("rounding", ["none", "kv"])
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_nan_stays_one_and_spoils_its_own_windows(part: int, rounding: Rounding) -> None:
+    """Of what is pooled (0) or weighs (1), in the first of three windows and so in the second."""
+    how, size = pooling(4, 512, rounding), 512
+    rows, raw = random(12, 2, 2 * size), random(how.slots, 2, 2 * size)
+    rows[1, part] = float("nan")
+    flat, angles = torch.arange(3, device=DEVICE), turns(torch.arange(3, device=DEVICE) * 4, 32)
+    entries = storages(size, "none", 1)[0]
+    twin(compress_chunk)(rows, how, raw, entries, 0, flat, angles)
+    assert isinstance(entries, Tensor)
+    assert bool(entries[:2].isnan().all())
+    assert bool(entries[2].isfinite().all())
+
+
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_decoding_and_chunks_make_the_same_entries(ratio: int) -> None:
     """However a sequence is cut, its entries are those of one chunk."""

@@ -146,3 +146,13 @@ def test_a_row_does_not_depend_on_the_others(width: int) -> None:
         alone = twin(hc_post_pre)(f[at], x[at], post[at], comb[at], s, norm)
         for a, b in zip(alone, together, strict=True):
             assert same(a, b[at])
+
+
+@pytest.mark.parametrize("place", [1, 6, 11])  # of a gate before, of one behind, of the matrix
+def test_a_nan_stays_one(place: int) -> None:
+    x, s, norm = random(5, C, WIDTHS[0], kind=torch.bfloat16), site(WIDTHS[0]), random(WIDTHS[0])
+    s.base[place] = float("nan")
+    wanted = hc_pre.reference(x, s, norm)
+    assert sum(int(want.isnan().any()) for want in wanted) == 1
+    for got, want in zip(twin(hc_pre)(x, s, norm), wanted, strict=True):
+        assert torch.equal(got.isnan(), want.isnan())
